@@ -1,0 +1,269 @@
+"""What every agent here adds to SB3's off-policy algorithms: safe files, exact resume, and clear errors on bad data."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Iterable
+from typing import Any, Self
+
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from torch import Tensor
+
+from pwm_gym.agents.files import clear_load_errors, read_agent_data, with_suffix, write_agent
+from pwm_gym.replay import SequenceReplayBuffer
+from pwm_gym.serialization import from_json, to_json
+
+__all__ = ["ResumableAlgorithm"]
+
+
+class ResumableAlgorithm(OffPolicyAlgorithm):
+    """SB3's `OffPolicyAlgorithm` on a `SequenceReplayBuffer`, with randomness of its own and files without pickles.
+
+    Subclasses draw from `_rng` (NumPy) and `_generator` (torch), and put detached tensors into `_metrics`, which are
+    logged, and read from the device, only when logs are written.
+    """
+
+    _rng: np.random.Generator
+    _generator: torch.Generator
+    _metrics: dict[str, Tensor]
+    _random_states: list[Any]  # of each env: the state of its generator before and after its latest reset
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed the agent's own generators, the env and, as SB3 does, the global ones."""
+        super().set_random_seed(seed)
+        entropy = int(torch.randint(2**63 - 1, (1,))) if seed is None else seed
+        self._rng = np.random.default_rng(entropy)
+        self._generator = torch.Generator(self.device)
+        self._generator.manual_seed(entropy)
+
+    def sequence_replay(self) -> SequenceReplayBuffer:
+        """Give the replay buffer.
+
+        Raises:
+            TypeError: If it is of a class that windows can't be sampled from.
+        """
+        replay = self.replay_buffer
+        if not hasattr(replay, "sample_windows"):
+            raise TypeError(
+                f"expected a SequenceReplayBuffer to train from, got {type(replay).__name__}. Leave "
+                f"replay_buffer_class and n_steps at their defaults."
+            )
+        return replay  # type: ignore[return-value]
+
+    def dump_logs(self) -> None:
+        """Write log data; the latest update's metrics are read from the device here and not before."""
+        for name, value in self._metrics.items():
+            self.logger.record(f"train/{name}", float(value))
+        super().dump_logs()
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        self._check_finite("reward", reward)
+        self._check_finite("observation", new_obs)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _check_finite(self, name: str, values: np.ndarray | dict[str, np.ndarray]) -> None:
+        for key, array in values.items() if isinstance(values, dict) else [("", values)]:
+            finite = np.isfinite(array)
+            if not finite.all():
+                index = np.argwhere(~finite)[0].tolist()
+                where = f"{name} {key!r}" if key else name
+                place = f" at index {index[1:]}" if index[1:] else ""
+                raise ValueError(
+                    f"expected finite numbers from the env, got {array[tuple(index)]} in the {where} of env {index[0]}"
+                    f"{place}, at step {self.num_timesteps}. It was not stored and the agent is as it was before; save "
+                    f"it, mend the env, and go on with learn(reset_num_timesteps=False)."
+                )
+
+    # Random states. A resumed run must reset its env to the episode that the uninterrupted run was about to begin, so
+    # for each env the state of its generator before and after its latest reset is kept.
+
+    def _env_random_states(self) -> list[Any]:
+        if self.env is None:
+            return []
+        try:
+            return [to_json(generator.bit_generator.state) for generator in self.env.get_attr("np_random")]
+        except AttributeError:  # not a Gymnasium env's generator
+            return [None] * self.n_envs
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        super()._update_info_buffer(infos, dones)
+        if dones is not None and dones.any():
+            now = self._env_random_states()
+            for i in np.flatnonzero(dones):
+                self._random_states[i] = [self._random_states[i][1], now[i]]
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        before = self._env_random_states()
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if not self._random_states:
+            self._random_states = [[state, state] for state in before]
+        for states, now in zip(self._random_states, self._env_random_states(), strict=True):
+            if states[1] != now:
+                states[:] = [states[1], now]
+        return result
+
+    # Files
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "actor",
+            "lr_schedule",
+            "_generator",
+            "_metrics",
+            "_random_states",
+            "_rng",
+        ]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Write the agent to SB3's zip format, atomically: weights, plain JSON, and the state of all its randomness.
+
+        What has no plain form (a schedule, a noise object, a class of yours) is pickled as SB3 does, and then
+        `load` asks for trust_pickle=True.
+
+        Args:
+            path: The file; ".zip" is appended where it has no suffix. Or a file that is open.
+            exclude: Attributes to leave out beside the default ones.
+            include: Attributes to keep that would be left out.
+        """
+        modules, variables = self._get_torch_save_params()
+        excluded = {*(exclude or ()), *self._excluded_save_params()} - {*(include or ())}
+        excluded |= {name.split(".")[0] for name in [*modules, *variables]}
+        data = {name: value for name, value in self.__dict__.items() if name not in excluded}
+        data["random_state"] = {
+            "numpy": to_json(self._rng.bit_generator.state),
+            "torch": self._generator.get_state().numpy().tobytes().hex(),
+            "action_space": to_json(self.action_space.np_random.bit_generator.state),
+            "envs": [before for before, _ in self._random_states],
+        }
+        write_agent(path, data, self.get_parameters(), {name: getattr(self, name) for name in variables})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        trust_pickle: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Read an agent that `save` wrote. Nothing in the file is executed unless you say so.
+
+        With `learn(reset_num_timesteps=False)` it goes on exactly where it was saved if that was at the end of an
+        episode, the env is of the same kind, and the replay buffer is loaded too.
+
+        Args:
+            path: The file, or one that is open.
+            env: Env to go on with; None to predict only.
+            device: Where the agent goes.
+            custom_objects: Entries to use instead of the file's.
+            print_system_info: Print versions, the saved ones and the present ones.
+            force_reset: Reset the env before training goes on.
+            trust_pickle: Unpickle entries that have no plain form, which can run any code.
+            **kwargs: Attributes to change.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            UnsafeFileError: If something would have to be unpickled and `trust_pickle` is False.
+            ValueError: If the file is truncated, damaged, of another agent, or made for another env.
+        """
+        replaced = {*(custom_objects or {}), *kwargs}
+        data = read_agent_data(path, replaced, trust_pickle)
+        random_state = data.pop("random_state", None)
+        with clear_load_errors(path):
+            agent = super().load(
+                path,
+                env,
+                device,
+                {**data, "random_state": None, **(custom_objects or {})},
+                print_system_info,
+                force_reset,
+                **kwargs,
+            )
+        if random_state is not None and "seed" not in kwargs:
+            agent._restore_random_state(random_state)
+        return agent
+
+    def _restore_random_state(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = from_json(state["numpy"])
+        self.action_space.np_random.bit_generator.state = from_json(state["action_space"])
+        if self.device.type == "cpu":  # states of other devices' generators don't carry over
+            content = np.frombuffer(bytes.fromhex(state["torch"]), dtype=np.uint8).copy()
+            self._generator.set_state(torch.from_numpy(content))
+        if self.env is None or len(state["envs"]) != self.n_envs or None in state["envs"]:
+            return
+        self.env._reset_seeds()  # the next reset goes on with the saved states instead
+        for i, (saved, generator) in enumerate(zip(state["envs"], self.env.get_attr("np_random"), strict=True)):
+            generator.bit_generator.state = from_json(saved)
+            self.env.set_attr("np_random", generator, indices=i)
+        self._random_states = [[saved, saved] for saved in state["envs"]]
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """Write the replay buffer as plain arrays, atomically; unlike SB3's, the file holds no pickle.
+
+        Args:
+            path: The file; ".replay" is appended where it has no suffix. Or a file that is open.
+        """
+        target = with_suffix(path, "replay") if isinstance(path, str | pathlib.Path) else path
+        self.sequence_replay().save(target)  # type: ignore[arg-type]
+
+    def load_replay_buffer(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        truncate_last_traj: bool = True,
+        trust_pickle: bool = False,
+    ) -> None:
+        """Read a replay buffer that `save_replay_buffer` wrote.
+
+        Args:
+            path: The file, or one that is open.
+            truncate_last_traj: Only for pickled HER buffers, as in SB3.
+            trust_pickle: Read SB3's own pickled format, which can run any code.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            UnsafeFileError: If the file is a pickle and `trust_pickle` is False; nothing is executed.
+            ValueError: If the file is truncated or damaged, or the buffer is of another env.
+        """
+        if trust_pickle:
+            super().load_replay_buffer(path, truncate_last_traj)
+            return
+        if isinstance(path, str | pathlib.Path):
+            path = path if pathlib.Path(path).exists() else with_suffix(path, "replay")
+        buffer = SequenceReplayBuffer.load(path)  # type: ignore[arg-type]
+        if buffer.observation_space != self.observation_space or buffer.action_space != self.action_space:
+            raise ValueError(
+                f"expected a replay buffer of {self.observation_space} and {self.action_space}, got one of "
+                f"{buffer.observation_space} and {buffer.action_space}: it was collected in another env."
+            )
+        buffer.device = self.device
+        self.replay_buffer = buffer

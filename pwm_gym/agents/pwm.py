@@ -1,0 +1,519 @@
+"""PWM: policy learning by first-order gradients through a learned world model, with SB3's API."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pathlib
+from typing import Any, ClassVar, Self
+
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+from pwm_gym.agents.base import ResumableAlgorithm
+from pwm_gym.agents.first_order import critic_targets, fit_critic, rollout, rollout_returns
+from pwm_gym.agents.policies import PWMPolicy
+from pwm_gym.differentiable import NumpyVectorEnv
+from pwm_gym.latent_env import LatentVectorEnv
+from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
+from pwm_gym.sb3 import as_sb3_vec_env
+from pwm_gym.training import fast_matmul, frozen, update_world_model
+from pwm_gym.world_model import WorldModel
+
+__all__ = ["PWM"]
+
+# The paper's settings where they differ from the defaults: PWM(..., **PWM.PAPER).
+_PAPER = {
+    "horizon": 16,
+    "tau": 1.0,
+    "ent_coef": 0.0,
+    "model_horizon": 16,
+    "rho": 0.99,
+    "critic_epochs": 8,
+    "detach_input": True,
+    "policy_kwargs": {
+        "net_arch": {"pi": [400, 200, 100], "qf": [400, 200]},
+        "world_model_kwargs": {"size": "48M", "reward_in_task_units": False},
+        "model_learning_rate": 3e-4,
+    },
+}
+
+
+class PWM(ResumableAlgorithm):
+    """Policy learning with world models (Georgiev et al., ICLR 2025, arXiv:2407.02466).
+
+    On a real env, `PWM("MlpPolicy", env)` collects experience, fits a TD-MPC2-style world model to it, and improves the
+    policy by back-propagating through short rollouts in that model. On a `LatentVectorEnv`, it leaves the model as it
+    is and only trains the policy; timesteps then count imagined steps. Either way `predict` takes real observations
+    and costs one forward pass, and the spaces are the real ones.
+
+    The defaults learn online from little data. They differ from the paper's, which `PWM.PAPER` holds, in the short
+    horizon, the slow target critic, the gradient through the policy's input and the entropy bonus.
+
+    Args:
+        policy: "MlpPolicy", "MultiInputPolicy" (Dict observations), or a `PWMPolicy` class.
+        env: A Gymnasium env, a registered id, an SB3 `VecEnv`, a Gymnasium `VectorEnv`, or a `LatentVectorEnv`.
+        learning_rate: Of actor and critics, as a number or schedule of the remaining progress.
+        buffer_size: Capacity of the replay buffer, in steps over all envs.
+        learning_starts: Steps with random actions before training begins.
+        batch_size: Imagined rollouts B in an update. On a `LatentVectorEnv` its `num_envs` counts instead.
+        tau: Polyak coefficient of the target critic, in (0, 1]; 1 for no target critic.
+        gamma: Discount γ.
+        train_freq: Train every so many steps of the env, or ("episode"-wise) as in SB3.
+        gradient_steps: Updates (of model, actor and critics) each time; -1 for as many as steps were collected.
+        action_noise: Added to the policy's own exploration noise.
+        replay_buffer_class: A `SequenceReplayBuffer` by default; training needs one.
+        replay_buffer_kwargs: Its arguments, such as {"store_physics_state": True} for rendering imagined rollouts.
+        optimize_memory_usage: As in SB3; the last step of each episode is then not learned from.
+        n_steps: As in SB3; other values than 1 select a buffer that PWM cannot train from.
+        horizon: Steps of an imagined rollout H.
+        td_lambda: λ of the critic's targets.
+        ent_coef: Weight of the policy's entropy; "auto" or "auto_<initial>" learns it as SAC does.
+        target_entropy: Entropy that "auto" aims at; "auto" for minus the number of action dimensions.
+        model_batch_size: Windows in a batch of the world model.
+        model_horizon: Steps in such a window.
+        rho: Weight of a window's later steps, in (0, 1].
+        critic_epochs: Passes over each rollout for the critics.
+        critic_minibatches: Minibatches in a pass.
+        max_grad_norm: Gradient clip of the actor.
+        detach_input: Hide the latents' gradient from the policy's input, as the reference does.
+        policy_kwargs: Arguments of `PWMPolicy`: net_arch, n_critics, world_model_kwargs={"size": "5M"}, and so on.
+        stats_window_size: Episodes that reported means run over.
+        tensorboard_log: Folder for TensorBoard.
+        verbose: 0, 1 or 2.
+        seed: Seeds everything; equal seeds give bit-equal runs on CPU.
+        device: "auto", "cpu", "cuda", ...
+        _init_setup_model: Build the networks at once.
+
+    Raises:
+        AssertionError: If the action space is no Box.
+        TypeError: If the observations are images or of another kind that a world model can't take.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from pwm_gym import PWM
+        >>> agent = PWM("MlpPolicy", "Pendulum-v1", seed=0).learn(total_timesteps=32)
+        >>> observation = agent.observation_space.sample()
+        >>> agent.predict(observation, deterministic=True)[0].shape
+        (1,)
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": PWMPolicy, "MultiInputPolicy": PWMPolicy}
+    PAPER: ClassVar[dict[str, Any]] = _PAPER
+    policy: PWMPolicy
+    target_entropy: Any  # a float once set up
+
+    def __init__(
+        self,
+        policy: str | type[PWMPolicy],
+        env: GymEnv | VectorEnv | str | None,
+        learning_rate: float | Schedule = 5e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 1_000,
+        batch_size: int = 128,
+        tau: float = 0.01,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 2,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        horizon: int = 5,
+        td_lambda: float = 0.95,
+        ent_coef: float | str = 3e-4,
+        target_entropy: float | str = "auto",
+        model_batch_size: int = 256,
+        model_horizon: int = 5,
+        rho: float = 0.5,
+        critic_epochs: int = 1,
+        critic_minibatches: int = 4,
+        max_grad_norm: float = 1.0,
+        detach_input: bool = False,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        for name, value in {
+            "horizon": horizon,
+            "model_horizon": model_horizon,
+            "batch_size": batch_size,
+            "model_batch_size": model_batch_size,
+            "critic_epochs": critic_epochs,
+            "critic_minibatches": critic_minibatches,
+        }.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {value}.")
+        for name, share in {"gamma": gamma, "td_lambda": td_lambda, "tau": tau, "rho": rho}.items():
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"`{name}` must be in [0, 1], got {share}.")
+        latent_env = _latent_env_of(env)
+        self.latent_env = latent_env
+        super().__init__(
+            policy,
+            env,  # type: ignore[arg-type]
+            learning_rate,
+            buffer_size,
+            learning_starts if latent_env is None else 0,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            policy_kwargs,
+            stats_window_size,
+            tensorboard_log,
+            verbose,
+            device if latent_env is None else latent_env.device,
+            support_multi_env=True,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+        )
+        self.horizon, self.td_lambda = horizon, td_lambda
+        self.ent_coef, self.target_entropy = ent_coef, target_entropy
+        self.model_batch_size, self.model_horizon, self.rho = model_batch_size, model_horizon, rho
+        self.critic_epochs, self.critic_minibatches = critic_epochs, critic_minibatches
+        self.max_grad_norm, self.detach_input = max_grad_norm, detach_input
+        if latent_env is not None:  # the agent's spaces are the real ones; only its training env is latent
+            self.observation_space = latent_env.world_model.observation_space
+            self.action_space = latent_env.world_model.action_space
+            config = dataclasses.asdict(latent_env.world_model.config)
+            self.policy_kwargs = {**self.policy_kwargs, "world_model_kwargs": config}
+        if _init_setup_model:
+            self._setup_model()
+
+    # Set-up
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        if isinstance(env, VectorEnv):
+            env = as_sb3_vec_env(env)
+        return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+
+    def _setup_model(self) -> None:
+        self._random_states = []
+        if self.latent_env is None:
+            if self.replay_buffer_class is None and self.n_steps == 1:
+                self.replay_buffer_class = self._default_replay_buffer_class()
+            super()._setup_model()
+        else:  # a frozen model needs no replay buffer
+            self._setup_lr_schedule()
+            self.set_random_seed(self.seed)
+            policy_class: Any = self.policy_class
+            self.policy = policy_class(
+                self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
+            ).to(self.device)
+            self.policy.actor.world_model = self.latent_env.world_model
+            self._convert_train_freq()
+        self.actor = self.policy.actor
+        self.policy.actor.generator = self._generator
+        self._setup_entropy()
+        self._imagination: LatentVectorEnv | None = None
+        self._metrics = {}
+
+    def _default_replay_buffer_class(self) -> type[ReplayBuffer]:
+        return DictSequenceReplayBuffer if isinstance(self.observation_space, spaces.Dict) else SequenceReplayBuffer
+
+    def _make_replay_buffer(self) -> None:
+        self.replay_buffer_class = self.replay_buffer_class or self._default_replay_buffer_class()
+        self.replay_buffer = self.replay_buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            self.device,
+            self.n_envs,
+            self.optimize_memory_usage,
+            **self.replay_buffer_kwargs,
+        )
+
+    def _setup_entropy(self) -> None:
+        """As in SAC: a fixed coefficient, or one that is learned so that the entropy meets its target."""
+        self.log_ent_coef: Tensor | None = None
+        self.ent_coef_optimizer: torch.optim.Optimizer | None = None
+        if self.target_entropy == "auto":
+            self.target_entropy = -float(spaces.flatdim(self.action_space))
+        if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
+            initial = float(self.ent_coef.partition("_")[2] or 1.0)
+            if initial <= 0.0:
+                raise ValueError(f"the initial value in ent_coef='auto_<initial>' must be > 0, got {initial}.")
+            self.log_ent_coef = torch.log(torch.ones(1, device=self.device) * initial).requires_grad_(True)
+            self.ent_coef_optimizer = torch.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
+        else:
+            self.ent_coef_tensor = torch.tensor(float(self.ent_coef), device=self.device)
+
+    def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
+        """Go on with another env, real or latent, of the same spaces.
+
+        Args:
+            env: As in the constructor. A `LatentVectorEnv` must have the agent's own world model, or an equal one.
+            force_reset: Reset the env before training goes on.
+
+        Raises:
+            AssertionError: If a real env has another number of envs than the agent was made for.
+            ValueError: If the spaces or the world models differ.
+        """
+        latent_env = _latent_env_of(env)
+        if latent_env is None:
+            if self.latent_env is not None or self.env is None:
+                env = self._wrap_env(env, self.verbose)
+                self.n_envs = env.num_envs
+            super().set_env(env, force_reset)  # type: ignore[arg-type]
+            self.latent_env = None
+            if self.replay_buffer is None:
+                self._make_replay_buffer()
+            return
+        ours, theirs = self.world_model, latent_env.world_model
+        same = ours is theirs or (
+            ours.config == theirs.config
+            and ours.action_space == theirs.action_space
+            and all(torch.equal(a.to(b.device), b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        )
+        if not same:
+            raise ValueError(
+                "expected a LatentVectorEnv of the agent's own world model, got another model: this policy's latents "
+                "mean nothing there. Use agent.make_latent_env(...), or make a new PWM on that env."
+            )
+        self.env, self.latent_env = self._wrap_env(latent_env, self.verbose), latent_env
+        self.n_envs, self._vec_normalize_env, self.learning_starts = latent_env.num_envs, None, 0
+        self.policy.actor.world_model = theirs
+        if force_reset:
+            self._last_obs = None
+
+    @property
+    def world_model(self) -> WorldModel:
+        """The world model that the policy's encoder belongs to."""
+        return self.policy.world_model
+
+    @property
+    def critic(self) -> nn.Module:
+        """The ensemble V(z)."""
+        return self.policy.critic
+
+    def make_latent_env(self, num_envs: int = 64, horizon: int | None = None, **kwargs: Any) -> LatentVectorEnv:
+        """Make the agent's world model into an env that starts from its replayed experience.
+
+        Args:
+            num_envs: Number of envs.
+            horizon: Steps until truncation; None for the agent's own.
+            **kwargs: Other arguments of `LatentVectorEnv`; `start` or `latents` to start elsewhere.
+        """
+        if "start" not in kwargs and "latents" not in kwargs:
+            kwargs["start"] = self._replayed_starts()
+        return LatentVectorEnv(self.world_model, num_envs=num_envs, horizon=horizon or self.horizon, **kwargs)
+
+    def _replayed_starts(self) -> Any:
+        replay = self.sequence_replay()
+        if self._vec_normalize_env is None:
+            return replay
+        return lambda count, rng: replay.sample_starts(count, rng, env=self._vec_normalize_env)
+
+    # Learning
+
+    def train(self, gradient_steps: int, batch_size: int) -> None:
+        """Update world model, actor and critics `gradient_steps` times (PWM, algorithm 1)."""
+        with fast_matmul(self.device):
+            self._train(gradient_steps, batch_size)
+
+    def _train(self, gradient_steps: int, batch_size: int) -> None:
+        policy, env = self.policy, self._training_env(batch_size)
+        policy.set_training_mode(True)
+        optimizers = [policy.actor_optimizer, policy.critic_optimizer]
+        self._update_learning_rate(optimizers + ([self.ent_coef_optimizer] if self.ent_coef_optimizer else []))
+
+        for _ in range(gradient_steps):
+            metrics: dict[str, Tensor] = {}
+            # World model
+            if self.latent_env is None:
+                metrics |= update_world_model(
+                    self.world_model,
+                    policy.model_optimizer,
+                    self.sequence_replay(),
+                    self.model_batch_size,
+                    self.model_horizon,
+                    self.rho,
+                    self._rng,
+                    self._vec_normalize_env,
+                )
+            with frozen(self.world_model):
+                # Differentiable rollout
+                z = self._begin_rollout(env)
+                horizon = min(self.horizon, env.horizon)
+                actor = policy.actor.latent_actor
+                window = rollout(env, z, actor, horizon, self._generator, self.detach_input)
+                # Actor
+                returns = rollout_returns(window, policy.critic_target, self.gamma)
+                entropy = window.entropy.mean()
+                scale = policy.return_scale.update(returns.detach())
+                actor_loss = -returns.mean() / scale - self._entropy_coefficient(entropy) * entropy
+                policy.actor_optimizer.zero_grad(set_to_none=True)
+                actor_loss.backward()
+                actor_grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), self.max_grad_norm)
+                policy.actor_optimizer.step()
+            # Critics
+            targets = critic_targets(window, policy.critic_target, self.gamma, self.td_lambda)
+            metrics |= fit_critic(
+                policy.critic,
+                policy.critic_optimizer,
+                window.observations,
+                targets,
+                self.critic_epochs,
+                self.critic_minibatches,
+                100.0,
+                self._generator,
+            )
+            polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
+
+            metrics |= {
+                "actor_loss": actor_loss.detach(),
+                "actor_grad_norm": actor_grad_norm,
+                "imagined_return": returns.detach().mean(),
+                "imagined_reward": window.rewards.detach().mean(),
+                "value": targets.mean(),
+                "entropy": entropy.detach(),
+            }
+        self._n_updates += gradient_steps
+        self._metrics = metrics
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _training_env(self, num_envs: int) -> LatentVectorEnv:
+        if self.latent_env is not None:
+            return self.latent_env
+        if self._imagination is None or self._imagination.num_envs != num_envs:
+            self._imagination = self.make_latent_env(
+                num_envs, self.horizon, autoreset_mode=AutoresetMode.DISABLED, termination="none"
+            )
+            self._imagination.np_random = self._rng
+        return self._imagination
+
+    def _begin_rollout(self, env: LatentVectorEnv) -> Tensor:
+        """Start at replayed states; in a frozen model's own env, go on where the last rollout ended."""
+        if env is self.latent_env and self._n_updates > 0 and env.has_started:
+            return env.detach()
+        return env.reset()[0]
+
+    def _entropy_coefficient(self, entropy: Tensor) -> Tensor:
+        if self.log_ent_coef is None or self.ent_coef_optimizer is None:
+            return self.ent_coef_tensor
+        coefficient = self.log_ent_coef.detach().exp()
+        loss = (self.log_ent_coef * (entropy.detach() - self.target_entropy)).mean()
+        self.ent_coef_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.ent_coef_optimizer.step()
+        return coefficient
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        """Collect real experience as SB3 does; on a `LatentVectorEnv`, count the steps that `train` will imagine."""
+        if self.latent_env is None:
+            return super().collect_rollouts(
+                env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+            )
+        callback.on_rollout_start()
+        steps = self.latent_env.num_envs * min(self.horizon, self.latent_env.horizon)
+        self.num_timesteps += steps
+        callback.update_locals(locals())
+        if not callback.on_step():
+            return RolloutReturn(steps, 0, continue_training=False)
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        if log_interval is not None and self._n_updates % (25 * log_interval) == 0 and self._n_updates > 0:
+            self.dump_logs()
+        callback.on_rollout_end()
+        return RolloutReturn(steps, 0, continue_training=True)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "PWM",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Learn for `total_timesteps`: real steps over all envs, or imagined ones on a `LatentVectorEnv`.
+
+        Args:
+            total_timesteps: Steps to take; with reset_num_timesteps=False in addition to those already taken.
+            callback: As in SB3.
+            log_interval: Episodes between two log entries (on a `LatentVectorEnv`, 25 updates).
+            tb_log_name: Name of the run for TensorBoard.
+            reset_num_timesteps: Count from 0; False goes on.
+            progress_bar: Show progress, rate and remaining time.
+
+        Raises:
+            TypeError: If the replay buffer can't be trained from.
+            ValueError: If the env returns numbers that are not finite.
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.latent_env is None:
+            self.sequence_replay()  # complain before the first step, not after learning_starts
+        return super()._setup_learn(*args, **kwargs)
+
+    def _env_random_states(self) -> list[Any]:
+        return [] if self.latent_env is not None else super()._env_random_states()
+
+    # Files
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "latent_env", "ent_coef_optimizer", "_imagination"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules = ["policy", "policy.actor_optimizer", "policy.critic_optimizer", "policy.model_optimizer"]
+        if self.ent_coef_optimizer is None:
+            return modules, ["ent_coef_tensor"]
+        return [*modules, "ent_coef_optimizer"], ["log_ent_coef"]
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | VectorEnv | None = None,
+        device: torch.device | str = "auto",
+        **kwargs: Any,
+    ) -> Self:
+        """Read an agent that `save` wrote, as `ResumableAlgorithm.load`, to go on with a real or a latent env."""
+        latent_env = _latent_env_of(env)
+        if latent_env is None:
+            return super().load(path, env, device, **kwargs)  # type: ignore[arg-type]
+        agent = super().load(path, None, latent_env.device, **kwargs)
+        agent.set_env(latent_env, kwargs.get("force_reset", True))
+        return agent
+
+
+def _latent_env_of(env: Any) -> LatentVectorEnv | None:
+    """Find the `LatentVectorEnv` behind an env, its NumPy face or its SB3 adapter; None for a real env."""
+    if isinstance(env, LatentVectorEnv):
+        return env
+    if isinstance(env, NumpyVectorEnv):
+        return _latent_env_of(env.env)
+    return _latent_env_of(env.vector_env) if isinstance(env, VecEnv) and hasattr(env, "vector_env") else None

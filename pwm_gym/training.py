@@ -1,0 +1,244 @@
+"""Fitting the world model to windows of real experience."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import Tensor, nn
+
+from pwm_gym.replay import SequenceReplayBuffer
+from pwm_gym.world_model import WorldModel
+
+__all__ = [
+    "fast_matmul",
+    "fit_world_model",
+    "frozen",
+    "make_model_optimizer",
+    "set_learning_rate",
+    "update_world_model",
+]
+
+# Loss weights of TD-MPC2 (arXiv:2310.16828, table 7).
+CONSISTENCY_COEF, REWARD_COEF, TERMINATION_COEF = 20.0, 0.1, 1.0
+ENCODER_LR_SCALE = 0.3  # TD-MPC2's encoder learns more slowly than its other parts
+MAX_GRAD_NORM = 20.0
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a module without computing those of its parameters."""
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@functools.cache
+def _fast_matmul_is_exact() -> bool:
+    """Tell whether the "medium" float32 product keeps float32's accuracy here; processors with AMX round to bf16."""
+    before = torch.get_float32_matmul_precision()
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    try:
+        torch.set_float32_matmul_precision("medium")
+        error = (a @ b).double() - a.double() @ b.double()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return bool(error.abs().max() < 1e-3 * 16.0)  # products are about 16 in size; bf16 is off by 0.05 and more
+
+
+@contextmanager
+def fast_matmul(device: torch.device) -> Iterator[None]:
+    """Take float32 matrix products on the CPU through oneDNN, where that is as accurate, and restore the setting.
+
+    On AMD processors MKL, torch's default, runs them at half of oneDNN's speed.
+    """
+    if device.type != "cpu" or not _fast_matmul_is_exact():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def make_model_optimizer(world_model: WorldModel, learning_rate: float, **kwargs: Any) -> torch.optim.Adam:
+    """Make the model's Adam: the encoder learns at 0.3 of the rate of the rest, as in TD-MPC2.
+
+    Args:
+        world_model: The model.
+        learning_rate: Rate of all parts but the encoder.
+        **kwargs: Passed to Adam.
+    """
+    encoder = list(world_model.encoder.parameters())
+    ids = {id(p) for p in encoder}
+    rest = [p for p in world_model.parameters() if id(p) not in ids]
+    groups = [{"params": encoder, "lr_scale": ENCODER_LR_SCALE}, {"params": rest, "lr_scale": 1.0}]
+    optimizer = torch.optim.Adam(groups, lr=learning_rate, fused=True, **kwargs)
+    set_learning_rate(optimizer, learning_rate)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set every group's rate to `learning_rate` times the group's "lr_scale", 1 where it has none."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+
+def world_model_loss(
+    world_model: WorldModel,
+    observations: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    terminated: Tensor,
+    rho: float,
+    task: int | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Score an open-loop unroll of the model against a batch of real windows.
+
+        z_0 = h(o_0),  z_{t+1} = d(z_t, a_t)
+        L = 1/H Σ_t ρ^t [20 |z_{t+1} - sg h(o_{t+1})|² + 0.1 CE(R(z_t, a_t), r_t)] + mean_t BCE(T(z_{t+1}), end_t)
+
+    TD-MPC2 (arXiv:2310.16828, eq. 3) without its value term; |.|² is a mean over features. The termination term is not
+    discounted by ρ: the end of an episode can only be a window's last step.
+
+    Args:
+        world_model: The model.
+        observations: Preprocessed, (H + 1, B, O).
+        actions: (H, B, A), in [-1, 1].
+        rewards: (H, B), in task units.
+        terminated: (H, B), bool.
+        rho: Weight ρ of later steps, in (0, 1].
+        task: Index of the task, or one for each window, (B,).
+
+    Returns:
+        The loss, a scalar, and its parts without gradient.
+    """
+    horizon = actions.shape[0]
+    weights = rho ** torch.arange(horizon, dtype=rewards.dtype, device=rewards.device) / horizon  # (H,)
+    with torch.no_grad():
+        targets = world_model.encode(observations[1:], task)  # (H, B, Z)
+    z = world_model.encode(observations[0], task)  # (B, Z)
+    latents = [z]
+    for t in range(horizon):
+        latents.append(world_model.next(latents[-1], actions[t], task))
+    unrolled = torch.stack(latents)  # (H + 1, B, Z)
+
+    consistency = (unrolled[1:] - targets).square().mean((1, 2))  # (H,)
+    reward = world_model.reward_loss(unrolled[:-1], actions, rewards, task).mean(1)  # (H,)
+    consistency_loss, reward_loss = (weights * consistency).sum(), (weights * reward).sum()
+    loss = CONSISTENCY_COEF * consistency_loss + REWARD_COEF * reward_loss
+    metrics = {"consistency_loss": consistency_loss.detach(), "reward_loss": reward_loss.detach()}
+    if world_model.predicts_termination:
+        termination_loss = world_model.termination_loss(unrolled[1:], terminated, task).mean()
+        loss = loss + TERMINATION_COEF * termination_loss
+        metrics["termination_loss"] = termination_loss.detach()
+    metrics["model_loss"] = loss.detach()
+    return loss, metrics
+
+
+def update_world_model(
+    world_model: WorldModel,
+    optimizer: torch.optim.Optimizer,
+    replay: SequenceReplayBuffer,
+    batch_size: int,
+    horizon: int,
+    rho: float,
+    rng: np.random.Generator | None = None,
+    normalizer: VecNormalize | None = None,
+) -> dict[str, Tensor]:
+    """Take one gradient step on a batch of windows, and return the loss's parts.
+
+    Args:
+        world_model: The model.
+        optimizer: Made by `make_model_optimizer`.
+        replay: Where windows come from.
+        batch_size: Windows in a batch.
+        horizon: Steps in a window; shorter windows are used as long as no episode is that long.
+        rho: Weight of later steps.
+        rng: Generator to sample with.
+        normalizer: The agent's `VecNormalize`, where it has one.
+    """
+    windows = replay.sample_windows(batch_size, replay.longest_window(horizon), rng, normalizer)
+    length = windows.actions.shape[0]
+    if isinstance(windows.observations, dict):
+        flat = world_model.preprocess({k: v.flatten(0, 1) for k, v in windows.observations.items()})
+    else:
+        flat = world_model.preprocess(windows.observations.flatten(0, 1))
+    observations = flat.unflatten(0, (length + 1, batch_size))  # (H + 1, B, O)
+    if not world_model.predicts_termination and world_model.termination_head is not None and windows.terminated.any():
+        world_model.expect_termination()
+    world_model.train()
+    loss, metrics = world_model_loss(
+        world_model,
+        observations,
+        windows.actions.to(world_model.dtype),
+        windows.rewards.to(world_model.dtype),
+        windows.terminated,
+        rho,
+    )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    metrics["model_grad_norm"] = nn.utils.clip_grad_norm_(world_model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    world_model.eval()
+    return metrics
+
+
+def fit_world_model(
+    world_model: WorldModel,
+    replay: SequenceReplayBuffer,
+    updates: int,
+    batch_size: int = 256,
+    horizon: int = 5,
+    rho: float = 0.5,
+    learning_rate: float = 5e-4,
+    seed: int | None = None,
+    progress_bar: bool = False,
+) -> dict[str, float]:
+    """Fit a world model to stored experience, without touching an environment.
+
+    Args:
+        world_model: The model, fitted in place.
+        replay: Real experience.
+        updates: Gradient steps.
+        batch_size: Windows in a batch.
+        horizon: Steps in a window. The paper uses 16 on large data; on small data a short unroll extracts better.
+        rho: Weight of later steps. The paper uses 0.99 with its horizon of 16.
+        learning_rate: Adam's, for all parts but the encoder.
+        seed: Seeds the sampling.
+        progress_bar: Show rate and remaining time.
+
+    Returns:
+        The parts of the loss, averaged over the last tenth of the updates.
+
+    Raises:
+        ValueError: If the replay holds no window, or `updates` < 1.
+    """
+    if updates < 1:
+        raise ValueError(f"`updates` must be >= 1, got {updates}.")
+    optimizer = make_model_optimizer(world_model, learning_rate)
+    rng = np.random.default_rng(seed)
+    steps: Any = range(updates)
+    if progress_bar:
+        from tqdm.rich import tqdm
+
+        steps = tqdm(steps, desc="world model", unit="update")
+    history: list[dict[str, Tensor]] = []
+    for step in steps:
+        with fast_matmul(world_model.device):
+            metrics = update_world_model(world_model, optimizer, replay, batch_size, horizon, rho, rng)
+        if step >= updates - max(1, updates // 10):
+            history.append(metrics)
+    return {key: float(torch.stack([m[key] for m in history if key in m]).mean()) for key in history[-1]}
