@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 __all__ = ["DifferentiableVectorEnv", "NumpyVectorEnv", "check_reset_mask"]
 
 
 def check_reset_mask(mask: Any, num_envs: int) -> np.ndarray:
-    """Check `options["reset_mask"]` and return it as an array, without touching the caller's dict.
+    """Check `options["reset_mask"]` and return a copy of it as an array, without touching the caller's dict.
 
     Args:
         mask: Which envs to reset, (num_envs,), bool, array or tensor.
@@ -33,7 +33,7 @@ def check_reset_mask(mask: Any, num_envs: int) -> np.ndarray:
         raise ValueError(f"`options['reset_mask']` must have shape ({num_envs},), got {mask.shape}.")
     if not mask.any():
         raise ValueError("`options['reset_mask']` must select at least one env, got all False.")
-    return mask
+    return mask.copy()
 
 
 class DifferentiableVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
@@ -48,6 +48,7 @@ class DifferentiableVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
       the dynamics are; where they aren't, it is 1 - terminated.
     - With SAME_STEP autoreset, `infos["final_obs"]`, (B, *shape), holds with gradient the observation that the step
       led to before any reset, valid where `infos["_final_obs"]`, (B,) bool, is set; the keys are there when a row is.
+    - Other infos of a step hold one row for each env. Rows that NEXT_STEP autoreset spent on a reset mean nothing.
     - Random numbers come from the env's own generators, so equal seeds give equal trajectories.
     """
 
@@ -80,8 +81,24 @@ class NumpyVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.num_envs = env.num_envs
         self.single_observation_space, self.single_action_space = env.single_observation_space, env.single_action_space
         self.observation_space, self.action_space = env.observation_space, env.action_space
-        self.metadata, self.render_mode, self.spec = env.metadata, env.render_mode, env.spec
-        self._np_random = env.np_random
+        self.metadata, self.render_mode, self.spec = dict(env.metadata), env.render_mode, env.spec
+        self._waiting = np.zeros(env.num_envs, dtype=np.bool_)  # (B,), envs that NEXT_STEP resets in the next step
+
+    # The two faces share their random numbers, so the generator is the torch face's alone.
+
+    @property
+    def np_random(self) -> np.random.Generator:
+        """The env's generator."""
+        return self.env.np_random
+
+    @np_random.setter
+    def np_random(self, value: np.random.Generator) -> None:
+        self.env.np_random = value
+
+    @property
+    def np_random_seed(self) -> int | None:
+        """The seed of the env's generator, -1 if it is unknown."""
+        return self.env.np_random_seed
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -89,8 +106,11 @@ class NumpyVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Reset all envs, or with options={"reset_mask": ...} some, as `gymnasium.vector.VectorEnv.reset`."""
         with torch.no_grad():
             observations, infos = self.env.reset(seed=seed, options=options)
-        self._np_random = self.env.np_random
-        return self._array(observations), self._infos(infos)
+        mask = np.ones(self.num_envs, dtype=np.bool_)
+        if options is not None and "reset_mask" in options:
+            mask = check_reset_mask(options["reset_mask"], self.num_envs)
+        self._waiting &= ~mask
+        return self._array(observations), self._infos(infos, mask)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all envs.
@@ -107,19 +127,18 @@ class NumpyVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         if np.ndim(actions) == 0:
             raise TypeError(f"expected actions of shape {self.action_space.shape}, got the scalar {actions!r}.")
-        array = np.asarray(actions, dtype=np.float32)
+        dtype = self.action_space.dtype
+        array = np.asarray(actions, dtype if np.issubdtype(dtype, np.floating) else np.float32)
         if array.shape != self.action_space.shape:
             raise ValueError(f"expected actions of shape {self.action_space.shape}, got {array.shape}.")
         with torch.no_grad():
             tensor = torch.tensor(array, device=self.env.device)
             observations, rewards, terminated, truncated, infos = self.env.step(tensor)
-        return (
-            self._array(observations),
-            self._array(rewards),
-            self._array(terminated),
-            self._array(truncated),
-            self._infos(infos),
-        )
+        flags = self._array(terminated), self._array(truncated)
+        result = self._infos(infos, ~self._waiting)
+        if self.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
+            self._waiting = flags[0] | flags[1]
+        return self._array(observations), self._array(rewards), *flags, result
 
     @staticmethod
     def _array(tensor: Tensor) -> np.ndarray:
@@ -127,20 +146,40 @@ class NumpyVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         array = tensor.detach().cpu().numpy()
         return array.astype(np.float32) if array.dtype.kind == "f" else array.copy()
 
-    def _infos(self, infos: dict[str, Any]) -> dict[str, Any]:
-        """Lay tensors out as Gymnasium does: an array and a `_key` mask for each key, final entries by row."""
-        final_obs, ended = infos.get("final_obs"), infos.get("_final_obs")
+    def _infos(self, infos: dict[str, Any], known: np.ndarray) -> dict[str, Any]:
+        """Lay tensors out as Gymnasium's `SyncVectorEnv` does.
+
+        Args:
+            infos: Of the torch face.
+            known: Envs that the infos are about, (B,), bool.
+
+        Returns:
+            An array and a mask `_key` for each key. What belongs to an episode that ended in this step, and was
+            followed by a reset, stands in "final_obs" and "final_info" instead.
+        """
+        of_step = {
+            key: self._array(value) if isinstance(value, Tensor) else np.asarray(value)
+            for key, value in infos.items()
+            if key not in ("final_obs", "_final_obs")
+        }
+        if "final_obs" not in infos:
+            return self._rows(of_step, known)
+        ended, observations = self._array(infos["_final_obs"]), self._array(infos["final_obs"])
+        final_obs = np.full(self.num_envs, None, dtype=object)
+        for i in np.flatnonzero(ended):
+            final_obs[i] = observations[i].copy()
+        result = self._rows(of_step, known & ~ended)
+        result |= {"final_obs": final_obs, "_final_obs": ended}
+        result |= {"final_info": self._rows(of_step, known & ended), "_final_info": ended.copy()}
+        return result
+
+    @staticmethod
+    def _rows(arrays: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, Any]:
+        """Keep the rows in `mask`, (B,), of each array, (B, ...); the others become 0. No row, no key."""
         result: dict[str, Any] = {}
-        for key, value in infos.items():
-            if key not in ("final_obs", "_final_obs"):
-                result[key] = self._array(value) if isinstance(value, Tensor) else np.array(value)
-                result[f"_{key}"] = np.ones(self.num_envs, dtype=np.bool_)
-        if final_obs is not None and ended is not None:
-            rows, observations = self._array(ended), self._array(final_obs)
-            of_step = {key: value for key, value in result.items() if not key.startswith("_")}
-            for i in np.flatnonzero(rows):
-                final = {"final_obs": observations[i], "final_info": {key: v[i] for key, v in of_step.items()}}
-                result = self._add_info(result, final, int(i))
+        for key, array in arrays.items() if mask.any() else ():
+            result[key] = np.where(mask.reshape(-1, *[1] * (array.ndim - 1)), array, np.zeros_like(array))
+            result[f"_{key}"] = mask.copy()
         return result
 
     def render(self) -> tuple[Any, ...] | None:

@@ -10,8 +10,11 @@ __all__ = ["symexp", "symlog", "td_lambda_returns", "two_hot_cross_entropy", "tw
 
 
 def symlog(x: Tensor) -> Tensor:
-    """Compress magnitudes: sign(x) ln(1 + |x|), any shape (DreamerV3, arXiv:2301.04104, eq. 9)."""
-    return torch.sign(x) * torch.log1p(torch.abs(x))
+    """Compress magnitudes: sign(x) ln(1 + |x|), any shape (DreamerV3, arXiv:2301.04104, eq. 9).
+
+    Its slope at 0 is 1, also for autograd.
+    """
+    return torch.where(x >= 0, torch.log1p(x.clamp(min=0)), -torch.log1p((-x).clamp(min=0)))
 
 
 def symexp(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,18 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from pwm_gym.differentiable import DifferentiableVectorEnv, check_reset_mask
+from pwm_gym.rendering import NearestFrame, SimulatorReplay
 from pwm_gym.starts import Starts, as_start_sampler
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["LatentVectorEnv"]
 
 _TERMINATIONS = ("threshold", "sample", "none")
+
+
+def _as_tensor(given: Any) -> Tensor:
+    """Make a tensor; arrays are copied, because torch warns of read-only ones such as `np.broadcast_to` gives."""
+    return torch.as_tensor(np.array(given) if isinstance(given, np.ndarray) else given)
 
 
 class LatentVectorEnv(DifferentiableVectorEnv):
@@ -34,7 +41,7 @@ class LatentVectorEnv(DifferentiableVectorEnv):
     Gradients also flow into the world model's parameters unless they are frozen (`world_model.requires_grad_(False)`).
 
     Args:
-        world_model: The model; it decides device, dtype and spaces.
+        world_model: The model; it decides device, dtype and spaces. The env keeps it in evaluation mode.
         start: Real states that episodes start from: observations (N, *shape), a replay buffer, a dataset, a real env
             or a sampling function (see `pwm_gym.starts.as_start_sampler`). None if `latents` or `reset(options=...)`
             give them.
@@ -45,14 +52,16 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         termination: How a predicted termination ends an episode: "threshold" at `termination_threshold`, "sample"
             by its probability, "none" never (`continue_prob` alone tells of it).
         termination_threshold: Probability above which "threshold" terminates.
-        latents: Latents to start from, (N, Z), sampled uniformly; instead of `start`.
+        latents: Latents to start from, (N, Z), array or tensor, sampled uniformly; instead of `start`.
         task: Index of the task for a multi-task model; None for a single-task one.
         render_mode: "rgb_array" or None.
-        render_env: A registered pwm_gym/<task>-v0 env, in which `render` replays the imagined actions from the
-            start's physics state. The start must know it: a real env does, a replay buffer made with
-            store_physics_state=True does, and `reset(options={"physics_state": ...})` can give it.
+        render_env: A registered pwm_gym/<task>-v0 env with render_mode="rgb_array", in which `render` replays the
+            imagined actions from the start's physics state. The start must know it: a real env does, a replay buffer
+            made with store_physics_state=True does, and `reset(options={"physics_state": ...})` can give it.
         render_frames: (observations (N, *shape), frames (N, h, w, 3)); `render` shows the frame whose latent is
             nearest. Used where there is no `render_env`.
+
+    `close` leaves the start and render envs open, as they are the caller's.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -79,7 +88,7 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         *,
         termination: str = "threshold",
         termination_threshold: float = 0.5,
-        latents: Tensor | None = None,
+        latents: Tensor | np.ndarray | None = None,
         task: int | None = None,
         render_mode: str | None = None,
         render_env: gym.Env | None = None,
@@ -99,15 +108,22 @@ class LatentVectorEnv(DifferentiableVectorEnv):
             raise ValueError(f"`render_mode` must be None or 'rgb_array', got {render_mode!r}.")
         if start is not None and latents is not None:
             raise ValueError("expected `start` or `latents`, got both.")
-        if latents is not None and (latents.ndim != 2 or latents.shape[-1] != world_model.config.latent_dim):
-            raise ValueError(
-                f"`latents` must have shape (N, {world_model.config.latent_dim}), got {tuple(latents.shape)}."
-            )
+        if latents is not None:
+            latents = _as_tensor(latents)
+            if latents.ndim != 2 or len(latents) == 0 or latents.shape[-1] != world_model.config.latent_dim:
+                raise ValueError(
+                    f"`latents` must have shape (N, {world_model.config.latent_dim}) with N >= 1, got "
+                    f"{tuple(latents.shape)}."
+                )
+        num_tasks = world_model.config.num_tasks
+        if (task is None) != (num_tasks == 0) or (task is not None and not 0 <= task < num_tasks):
+            expected = f"in 0..{num_tasks - 1}: this world model is multi-task" if num_tasks else "None"
+            raise ValueError(f"`task` must be {expected}, got {task}.")
 
         self.world_model, self.horizon, self.task = world_model, horizon, task
         self.num_envs = num_envs
         self.termination, self.termination_threshold = termination, termination_threshold
-        self.render_mode, self.render_env, self._render_frames = render_mode, render_env, render_frames
+        self.render_mode = render_mode
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": (render_env.metadata.get("render_fps") if render_env else None) or 25,
@@ -119,18 +135,19 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
 
         self._start_latents = latents
-        self._knows_physics = render_env is not None
-        self._sampler = None if start is None else as_start_sampler(start, physics=self._knows_physics)
+        draws = render_mode is not None
+        self._replay = SimulatorReplay(render_env, num_envs) if draws and render_env is not None else None
+        self._nearest = NearestFrame(*render_frames) if draws and render_frames is not None else None
+        self._sampler = None if start is None else as_start_sampler(start, physics=self._replay is not None)
         low, high = self.single_action_space.low.ravel(), self.single_action_space.high.ravel()
         self._action_low, self._action_high = torch.from_numpy(low), torch.from_numpy(high)
         self._unit_actions = bool(np.all(low == -1.0) and np.all(high == 1.0))
 
         self._generator: torch.Generator | None = None
+        self._generator_source: np.random.Generator | None = None  # what it was derived from
         self._z: Tensor | None = None  # (B, Z), current latents, in the graph
         self._elapsed = np.zeros(num_envs, dtype=np.int64)  # (B,), steps since each env's last reset
         self._ended = np.zeros(num_envs, dtype=np.bool_)  # (B,), envs that wait for a reset
-        self._physics: np.ndarray | None = None  # (B, P), of each env's start
-        self._actions: list[Tensor] = []  # the latest steps' actions, (B, A) each, kept for rendering only
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -142,60 +159,70 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         """The autoreset mode, as in `metadata`."""
         return self.metadata["autoreset_mode"]
 
+    @property
+    def _model(self) -> WorldModel:
+        """The world model in evaluation mode: in training mode, spectral norm would change it with every step."""
+        return self.world_model.eval() if self.world_model.training else self.world_model
+
     # Starts
 
     def _seed(self, seed: int | Sequence[int] | None) -> None:
-        if seed is not None:
-            self._np_random = np.random.default_rng(seed)
-            self._np_random_seed = seed if isinstance(seed, int) else -1
-        if seed is not None or self._generator is None:
+        if isinstance(seed, Sequence):
+            self.np_random = np.random.default_rng(seed)
+        elif seed is not None:
+            super().reset(seed=operator.index(seed))
+
+    def _torch_generator(self) -> torch.Generator:
+        """Derive the torch generator from `self.np_random`, anew whenever that was seeded or set."""
+        stale = self._generator_source is not self.np_random
+        if self._generator is None or stale or self._generator.device.type != self.device.type:
             self._generator = torch.Generator(self.device)
             self._generator.manual_seed(int(self.np_random.integers(2**63)))
+            self._generator_source = self.np_random
+        return self._generator
 
     @torch.no_grad()
-    def _start(self, count: int, options: dict[str, Any]) -> tuple[Tensor, np.ndarray | None]:
-        """Draw `count` start latents, (count, Z), with physics states, (count, P), where they are needed."""
-        given = options.get("latents")
-        if given is not None:
-            latents = torch.as_tensor(given, device=self.device, dtype=self.world_model.dtype)
-            self._check_start(latents, count, "latents", (self.world_model.config.latent_dim,))
-            return latents.clone(), self._given_physics(options, count)
+    def _start(self, mask: np.ndarray, options: dict[str, Any]) -> tuple[Tensor, np.ndarray | None]:
+        """Find the starts of the N envs in `mask`: latents, (N, Z), and physics states, (N, P), where they are known.
+
+        They are drawn for these envs alone, because one start of a real env takes one reset of it.
+        """
+        given = [key for key in ("latents", "observations") if options.get(key) is not None]
+        states = options.get("physics_state")
+        if len(given) > 1 or (states is not None and not given):
+            raise ValueError(
+                f"expected `options` with 'latents' or 'observations', and 'physics_state' only beside one of them, "
+                f"got {sorted(options)}."
+            )
+        rows = torch.from_numpy(np.flatnonzero(mask)).to(self.device)  # (N,)
+        if states is not None:
+            states = self._check_start(np.asarray(states, np.float64), "physics_state", None)[mask]
+        if options.get("latents") is not None:
+            latents = _as_tensor(options["latents"]).to(self.device, self.world_model.dtype)
+            return self._check_start(latents, "latents", self.world_model.config.latent_dim)[rows], states
         if options.get("observations") is not None:
             observations = self.world_model.preprocess(options["observations"])
-            self._check_start(observations, count, "observations", (self.world_model.config.observation_dim,))
-            return self.world_model.encode(observations, self.task), self._given_physics(options, count)
+            self._check_start(observations, "observations", self.world_model.config.observation_dim)
+            return self._model.encode(observations[rows], self.task), states
         if self._start_latents is not None:
-            index = self.np_random.integers(len(self._start_latents), size=count)
+            index = torch.from_numpy(self.np_random.integers(len(self._start_latents), size=len(rows)))
             return self._start_latents[index].to(self.device, self.world_model.dtype), None
         if self._sampler is None:
             raise ValueError(
                 "this env has no start states. Give `start` or `latents` to the constructor, or observations to "
                 "reset(options={'observations': ...})."
             )
-        starts: Starts = self._sampler(count, self.np_random)
-        return self.world_model.encode(
-            self.world_model.preprocess(starts.observations), self.task
-        ), starts.physics_state
+        starts: Starts = self._sampler(len(rows), self.np_random)
+        observations = self.world_model.preprocess(starts.observations)
+        if len(observations) != len(rows):
+            raise ValueError(f"expected {len(rows)} starts from the start sampler, got {len(observations)}.")
+        return self._model.encode(observations, self.task), starts.physics_state
 
-    def _given_physics(self, options: dict[str, Any], count: int) -> np.ndarray | None:
-        states = options.get("physics_state")
-        if states is not None and len(states) != count:
-            raise ValueError(f"`options['physics_state']` must have {count} rows, got {len(states)}.")
-        return states
-
-    @staticmethod
-    def _check_start(given: Tensor, count: int, name: str, shape: tuple[int, ...]) -> None:
-        if tuple(given.shape) != (count, *shape):
-            raise ValueError(f"`options[{name!r}]` must have shape {(count, *shape)}, got {tuple(given.shape)}.")
-
-    def _keep_physics(self, mask: np.ndarray, states: np.ndarray | None) -> None:
-        if states is None:
-            if self._physics is not None:
-                self._physics[mask] = np.nan
-        else:
-            if self._physics is None:
-                self._physics = np.full((self.num_envs, states.shape[-1]), np.nan)
-            self._physics[mask] = states[mask]
+    def _check_start(self, given: Any, name: str, width: int | None) -> Any:
+        if given.ndim != 2 or len(given) != self.num_envs or width not in (None, given.shape[1]):
+            shape = f"({self.num_envs}, {'P' if width is None else width})"
+            raise ValueError(f"`options[{name!r}]` must have shape {shape}, got {tuple(given.shape)}.")
+        return given
 
     # Gymnasium
 
@@ -214,30 +241,31 @@ class LatentVectorEnv(DifferentiableVectorEnv):
             Latents, (B, Z), and infos.
 
         Raises:
+            ResetNeeded: If the first reset of all is for some envs only.
             TypeError: If `reset_mask` is not a bool array.
             ValueError: If `reset_mask` has a wrong shape or is all False, or the given starts don't fit.
         """
         options = options or {}
-        self._seed(seed)
         mask = np.ones(self.num_envs, dtype=np.bool_)
         if "reset_mask" in options:
             mask = check_reset_mask(options["reset_mask"], self.num_envs)
-        latents, physics = self._start(self.num_envs, options)
-        self._begin(mask, latents, physics)
+            if self._z is None and not mask.all():
+                raise gym.error.ResetNeeded("the first reset must be of all envs. Call reset() without a reset_mask.")
+        self._seed(seed)
+        self._begin(mask, *self._start(mask, options))
         return self._current(), {}
 
     def _begin(self, mask: np.ndarray, latents: Tensor, physics: np.ndarray | None) -> None:
-        """Put the envs in `mask` at new starts; the others keep their latents with their graph."""
-        if self._z is None or mask.all():
+        """Put the envs in `mask` at new starts, (N, Z); the others keep their latents with their graph."""
+        if mask.all():
             self._z = latents
         else:
-            rows = torch.from_numpy(mask).to(self.device).unsqueeze(-1)  # (B, 1)
-            self._z = torch.where(rows, latents, self._z)
+            rows = torch.from_numpy(np.flatnonzero(mask)).to(self.device)  # (N,)
+            self._z = self._current().index_copy(0, rows, latents)  # (B, Z); no gradient goes through the new rows
         self._elapsed[mask] = 0
         self._ended[mask] = False
-        if self._knows_physics or physics is not None:
-            self._keep_physics(mask, physics)
-        self._actions = self._actions[-int(self._elapsed.max()) :] if self._elapsed.any() else []
+        if self._replay is not None:
+            self._replay.begin(mask, physics)
 
     def _current(self) -> Tensor:
         if self._z is None:
@@ -260,11 +288,12 @@ class LatentVectorEnv(DifferentiableVectorEnv):
 
     def _scale(self, actions: Tensor) -> Tensor:
         """Clip to the action space and scale to the model's [-1, 1]; (B, *action_shape) -> (B, A)."""
-        actions = actions.flatten(1).to(self.world_model.dtype)
+        actions = actions.reshape(self.num_envs, -1).to(self.world_model.dtype)
         if self._unit_actions:
             return actions.clamp(-1.0, 1.0)
         low, high = self._action_low.to(actions), self._action_high.to(actions)
-        return ((actions - low) * (2.0 / (high - low)) - 1.0).clamp(-1.0, 1.0)
+        # As SB3 scales what it stores; in this order the bounds become -1 and 1 exactly, so they are not clipped.
+        return (2.0 * ((actions - low) / (high - low)) - 1.0).clamp(-1.0, 1.0)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Advance all envs by one imagined step.
@@ -282,17 +311,17 @@ class LatentVectorEnv(DifferentiableVectorEnv):
             ValueError: If its shape or device is wrong.
         """
         z = self._current()
-        waiting = self._ended if self._ended.any() else None
+        waiting = self._ended.copy() if self._ended.any() else None  # (B,)
         if waiting is not None and self.autoreset_mode == AutoresetMode.DISABLED:
             raise gym.error.ResetNeeded(
                 f"envs {np.flatnonzero(waiting).tolist()} have ended. Call "
                 f"reset(options={{'reset_mask': terminated | truncated}}) first, or use another autoreset_mode."
             )
-        actions = self._scale(self._check_actions(actions))  # (B, A)
-        next_z, rewards = self.world_model(z, actions, self.task)  # (B, Z), (B,)
+        unit_actions = self._scale(self._check_actions(actions))  # (B, A)
+        next_z, rewards = self._model(z, unit_actions, self.task)  # (B, Z), (B,)
         end_prob = self.world_model.termination(next_z, self.task)  # (B,)
-        if self._knows_physics or self._render_frames is not None:
-            self._actions.append(actions.detach())
+        if self._replay is not None:
+            self._replay.record(actions)
 
         self._z = next_z
         self._elapsed += 1
@@ -310,9 +339,9 @@ class LatentVectorEnv(DifferentiableVectorEnv):
 
         if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
             infos["final_obs"], infos["_final_obs"] = next_z, torch.from_numpy(done).to(self.device)
-            self._begin(done, *self._start(self.num_envs, {}))
+            self._begin(done, *self._start(done, {}))
         elif self.autoreset_mode == AutoresetMode.NEXT_STEP and waiting is not None:
-            self._begin(waiting.copy(), *self._start(self.num_envs, {}))
+            self._begin(waiting, *self._start(waiting, {}))
         if self.autoreset_mode != AutoresetMode.SAME_STEP:
             self._ended = done
         return self._current(), rewards, terminated, truncated, infos
@@ -323,7 +352,7 @@ class LatentVectorEnv(DifferentiableVectorEnv):
             return np.zeros(self.num_envs, dtype=np.bool_)
         probability = end_prob.detach()
         if self.termination == "sample":
-            terminated = torch.bernoulli(probability, generator=self._generator) > 0.5
+            terminated = torch.bernoulli(probability, generator=self._torch_generator()) > 0.5
         else:
             terminated = probability > self.termination_threshold
         return terminated.cpu().numpy()
@@ -358,34 +387,13 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         if self.render_mode is None:
             return None
         z = self._current()
-        chosen = range(self.num_envs) if indices is None else indices
-        if self.render_env is not None:
-            return tuple(self._replay(self.render_env, i) for i in chosen)
-        if self._render_frames is not None:
-            observations, frames = self._render_frames
-            with torch.no_grad():
-                stored = self.world_model.encode(self.world_model.preprocess(observations), self.task)
-                nearest = torch.cdist(z.detach()[list(chosen)], stored).argmin(-1)
-            return tuple(np.asarray(frames[i]) for i in nearest.tolist())
+        chosen = list(range(self.num_envs) if indices is None else indices)
+        if self._replay is not None:
+            return tuple(self._replay.frame(i) for i in chosen)
+        if self._nearest is not None:
+            return tuple(self._nearest.frames(z.detach()[chosen], self.world_model, self.task))
         raise ValueError(
             "a latent has no picture of its own. Give render_env=gym.make('pwm_gym/<task>-v0', "
             "render_mode='rgb_array') with starts that know their physics state, or render_frames=(observations, "
             "frames)."
         )
-
-    def _replay(self, env: gym.Env, index: int) -> np.ndarray:
-        if self._physics is None or np.isnan(self._physics[index]).any():
-            raise ValueError(
-                f"the start of env {index} has no physics state to draw. Start from a real pwm_gym/<task>-v0 env or "
-                f"from a replay buffer made with store_physics_state=True, or give physics_state in reset's options."
-            )
-        simulator: Any = env.unwrapped
-        simulator.set_physics_state(self._physics[index])
-        low, high = self._action_low.numpy(), self._action_high.numpy()
-        steps = int(self._elapsed[index])
-        for actions in self._actions[len(self._actions) - steps :] if steps else []:
-            unit = actions[index].cpu().numpy()
-            action = low + (unit + 1.0) * 0.5 * (high - low)
-            simulator.step(action.astype(np.float32).reshape(self.single_action_space.shape))
-        frame: Any = simulator.render()
-        return frame

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["ACTIVATIONS", "EnsembleMLP", "Mish", "NormedLinear", "SimNorm", "mlp"]
 
@@ -32,6 +33,7 @@ class _MishFunction(torch.autograd.Function):
         return t.mul_(x)
 
     @staticmethod
+    @once_differentiable  # the saved slope is a constant: second derivatives would be wrong without a word
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad * ctx.saved_tensors[0]
 

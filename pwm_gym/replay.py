@@ -69,7 +69,8 @@ class _Windows(ReplayBuffer):
         self._episode_now = np.arange(n_envs, dtype=np.int64)
         self._episodes_begun = n_envs
         self._physics_now: list[np.ndarray | None] = [None] * n_envs
-        self._holds_window_of = 0  # a horizon known to fit, forgotten when the ring begins to overwrite
+        self._holds_window_of = 0  # a horizon known to fit,
+        self._window_lasts = 0  # and after how many more steps that window begins to be overwritten
 
     # Storing
 
@@ -99,7 +100,8 @@ class _Windows(ReplayBuffer):
                 self._begin_episode(int(i))
         super().add(obs, next_obs, action, reward, done, infos)
         self.episode[position] = self._episode_now
-        if self.pos == 0:
+        self._window_lasts -= 1
+        if self._window_lasts < 0:
             self._holds_window_of = 0
         if self.store_physics_state:
             self._store_physics(position, infos)
@@ -124,6 +126,8 @@ class _Windows(ReplayBuffer):
             known = self._physics_now[i]
             self.physics_state[position, i] = np.nan if known is None else known
             self._physics_now[i] = np.array(state, dtype=np.float64)
+            if self.optimize_memory_usage:  # the next row holds the observation that the step led to
+                self.physics_state[(position + 1) % self.buffer_size, i] = state
 
     @staticmethod
     def _at(store: Any, index: Any) -> Any:
@@ -190,8 +194,12 @@ class _Windows(ReplayBuffer):
             return limit
         for horizon in range(min(limit, self.size()), 0, -1):
             offsets = np.arange(self._offsets(horizon))[:, None]
-            if self._is_window(offsets, np.arange(self.n_envs)[None], horizon).any():
+            fits = self._is_window(offsets, np.arange(self.n_envs)[None], horizon).any(1)
+            if fits.any():
+                newest = int(np.flatnonzero(fits)[-1])
                 self._holds_window_of = horizon
+                self._window_lasts = self.buffer_size - self.size() + newest
+                self._window_lasts -= self.optimize_memory_usage and not self.full  # its ring is overwritten one ahead
                 return horizon
         return 0
 
@@ -297,6 +305,11 @@ class _Windows(ReplayBuffer):
             arrays["physics_state"] = self.physics_state
         return arrays
 
+    @property
+    def _rows(self) -> int:
+        """Rows of the storage that are in use; the memory-efficient layout's newest observation stands in the next."""
+        return min(self.size() + self.optimize_memory_usage, self.buffer_size)
+
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write the buffer to one file of plain arrays, atomically; `load` gives an equal buffer back.
 
@@ -318,7 +331,7 @@ class _Windows(ReplayBuffer):
             "episodes_begun": self._episodes_begun,
             "physics_now": [None if s is None else s.tolist() for s in self._physics_now],
         }
-        arrays = {k: torch.from_numpy(v[: self.size()]) for k, v in self._arrays().items()}
+        arrays = {k: torch.from_numpy(v[: self._rows]) for k, v in self._arrays().items()}
         with nullcontext(path) if isinstance(path, io.IOBase) else atomic_write(path) as file:  # type: ignore[arg-type]
             torch.save({"meta": meta, "arrays": arrays}, file)
 
@@ -353,16 +366,20 @@ class _Windows(ReplayBuffer):
                 store_physics_state=meta["store_physics_state"],
             )
             buffer.pos, buffer.full = meta["pos"], meta["full"]
+            if not 0 <= buffer.pos < buffer.buffer_size:
+                raise ValueError(f"position {buffer.pos} in a ring of {buffer.buffer_size} rows")
             stored = {k: v.numpy() for k, v in content["arrays"].items()}
             if "physics_state" in stored:
                 width = stored["physics_state"].shape[-1]
                 buffer.physics_state = np.full((buffer.buffer_size, buffer.n_envs, width), np.nan)
             for name, array in buffer._arrays().items():
-                array[: buffer.size()] = stored[name]
+                if stored[name].shape != array[: buffer._rows].shape:
+                    raise ValueError(f"{name!r} of shape {stored[name].shape}")
+                array[: buffer._rows] = stored[name]
             buffer._episode_now = np.asarray(meta["episode_now"], np.int64)
             buffer._episodes_begun = meta["episodes_begun"]
             buffer._physics_now = [None if s is None else np.asarray(s) for s in meta["physics_now"]]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"expected a complete replay buffer, got a damaged one: {error}") from error
         return buffer
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import pathlib
 import pickle
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import IO, Any
 
 import numpy as np
@@ -21,6 +24,9 @@ __all__ = ["UnsafeFileError", "atomic_write", "from_json", "is_json_form", "load
 
 # Classes from these packages may be named in a file; naming one only imports it, it is never unpickled.
 _TRUSTED_PACKAGES = ("torch.nn", "torch.optim", "stable_baselines3", "pwm_gym")
+_NUMBERS = "biuf"  # NumPy's kinds of dtypes that have a JSON form
+# What parsing a damaged file can raise.
+_DAMAGE = (AssertionError, AttributeError, ImportError, LookupError, OverflowError, RuntimeError, TypeError)
 
 
 class UnsafeFileError(ValueError):
@@ -67,17 +73,33 @@ def load_tensors(path: str | os.PathLike[str] | IO[bytes], device: torch.device 
         ValueError: If the file is truncated or no such archive.
     """
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else "the file"
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnsafeFileError(
-            f"expected only tensors and plain containers in {name!r}, got a pickle that wants to run "
-            f"code; nothing was executed. Obtain the file again from its author in a safe format."
-        ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"expected a complete checkpoint in {name!r}, got a truncated or damaged file ({error}). Copy it again."
-        ) from error
+    with open(path, "rb") if isinstance(path, str | os.PathLike) else nullcontext(path) as file:
+        try:
+            _check_archive(file)
+            return torch.load(file, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UnsafeFileError(
+                f"expected only tensors and plain containers in {name!r}, got a pickle that wants to run "
+                f"code; nothing was executed. Obtain the file again from its author in a safe format."
+            ) from error
+        except (*_DAMAGE, EOFError, OSError, ValueError, struct.error, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"expected a complete checkpoint in {name!r}, got a truncated or damaged file ({error}). Copy it again."
+            ) from error
+
+
+def _check_archive(file: IO[bytes]) -> None:
+    """Check that a file is an archive as `torch.save` writes it, with the checksums that torch itself reads over."""
+    start = file.tell()
+    kind = file.read(1)
+    file.seek(start)
+    if kind == pickle.PROTO:
+        raise pickle.UnpicklingError("a bare pickle")
+    with zipfile.ZipFile(file) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {broken!r}")
+    file.seek(start)
 
 
 def _array_to_json(array: np.ndarray) -> dict[str, Any]:
@@ -88,10 +110,17 @@ def _array_to_json(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": array.dtype.name, "values": values}
 
 
+def _number_type(name: str) -> np.dtype:
+    dtype = np.dtype(name)
+    if dtype.kind not in _NUMBERS:
+        raise ValueError(f"expected a type of plain numbers, got {name!r}.")
+    return dtype
+
+
 def _array_from_json(form: dict[str, Any]) -> np.ndarray:
     shape = tuple(form["shape"])
-    values = np.asarray(form["values"], dtype=np.dtype(form["dtype"]))
-    return np.broadcast_to(values, shape).copy() if values.size == 1 else values.reshape(shape)
+    values = np.asarray(form["values"], dtype=_number_type(form["dtype"]))
+    return np.full(shape, values[0]) if values.size == 1 != math.prod(shape) else values.reshape(shape)
 
 
 def _space_to_json(space: spaces.Space) -> dict[str, Any] | None:
@@ -101,9 +130,9 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any] | None:
         items = {key: _space_to_json(value) for key, value in space.spaces.items()}
         return None if None in items.values() else {"Dict": list(items.items())}
     if isinstance(space, spaces.Discrete):
-        return {"Discrete": [int(space.n), int(space.start)]}
+        return {"Discrete": [int(space.n), int(space.start)], "dtype": np.dtype(space.dtype).name}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"MultiDiscrete": _array_to_json(space.nvec)}
+        return {"MultiDiscrete": [_array_to_json(space.nvec), _array_to_json(space.start)]}
     if isinstance(space, spaces.MultiBinary):
         return {"MultiBinary": list(space.shape)}
     return None
@@ -112,13 +141,15 @@ def _space_to_json(space: spaces.Space) -> dict[str, Any] | None:
 def _space_from_json(form: dict[str, Any]) -> spaces.Space:
     if "Box" in form:
         low, high = (_array_from_json(bound) for bound in form["Box"])
-        return spaces.Box(low, high, dtype=np.dtype(form["dtype"]).type)
+        return spaces.Box(low, high, dtype=_number_type(form["dtype"]).type)
     if "Dict" in form:
-        return spaces.Dict({key: _space_from_json(value) for key, value in form["Dict"]})
+        return spaces.Dict([(key, _space_from_json(value)) for key, value in form["Dict"]])  # a dict would be sorted
     if "Discrete" in form:
-        return spaces.Discrete(form["Discrete"][0], start=form["Discrete"][1])
+        count, first = form["Discrete"]
+        return spaces.Discrete(count, start=first, dtype=_number_type(form["dtype"]).type)
     if "MultiDiscrete" in form:
-        return spaces.MultiDiscrete(_array_from_json(form["MultiDiscrete"]))
+        counts, firsts = (_array_from_json(part) for part in form["MultiDiscrete"])
+        return spaces.MultiDiscrete(counts, dtype=counts.dtype.type, start=firsts)
     if "MultiBinary" in form:
         shape = form["MultiBinary"]
         return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
@@ -142,6 +173,8 @@ def to_json(value: Any) -> Any:
     Raises:
         TypeError: If the value, or something inside it, has no such form.
     """
+    if isinstance(value, np.generic) and value.dtype.kind in _NUMBERS:  # before float, which np.float64 is too
+        return {"!scalar": value.item(), "dtype": value.dtype.name}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
@@ -152,9 +185,7 @@ def to_json(value: Any) -> Any:
         return {"!tuple": [to_json(v) for v in value]}
     if isinstance(value, deque):
         return {"!deque": [to_json(v) for v in value], "maxlen": value.maxlen}
-    if isinstance(value, np.generic):
-        return {"!scalar": value.item(), "dtype": value.dtype.name}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+    if isinstance(value, np.ndarray) and value.dtype.kind in _NUMBERS:
         return {"!array": _array_to_json(value)}
     if isinstance(value, torch.device):
         return {"!device": str(value)}
@@ -182,18 +213,25 @@ def from_json(form: Any) -> Any:
         UnsafeFileError: If the form names a class outside the trusted packages.
         ValueError: If the form is not one that `to_json` writes.
     """
+    try:
+        return _restore(form)
+    except _DAMAGE as error:
+        raise ValueError(f"expected a form written by pwm_gym, got a damaged one ({error!r}).") from error
+
+
+def _restore(form: Any) -> Any:
     if isinstance(form, list):
-        return [from_json(v) for v in form]
+        return [_restore(v) for v in form]
     if not isinstance(form, dict):
         return form
     if not is_json_form(form):
-        return {k: from_json(v) for k, v in form.items()}
+        return {k: _restore(v) for k, v in form.items()}
     if "!tuple" in form:
-        return tuple(from_json(v) for v in form["!tuple"])
+        return tuple(_restore(v) for v in form["!tuple"])
     if "!deque" in form:
-        return deque((from_json(v) for v in form["!deque"]), maxlen=form["maxlen"])
+        return deque((_restore(v) for v in form["!deque"]), maxlen=form["maxlen"])
     if "!scalar" in form:
-        return np.dtype(form["dtype"]).type(form["!scalar"])
+        return _number_type(form["dtype"]).type(form["!scalar"])
     if "!array" in form:
         return _array_from_json(form["!array"])
     if "!device" in form:

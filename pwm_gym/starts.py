@@ -50,10 +50,12 @@ def _from_env(env: gym.Env, physics: bool) -> StartSampler:
 
 
 def _from_observations(observations: Any) -> StartSampler:
-    first = next(iter(observations.values())) if isinstance(observations, dict) else observations
-    count = len(first)
-    if count == 0:
-        raise ValueError("expected at least one start observation, got none.")
+    entries = observations.values() if isinstance(observations, dict) else [observations]
+    counts = {np.shape(entry)[:1] for entry in entries}  # one of (N,)
+    if len(counts) != 1 or counts & {(), (0,)}:
+        shapes = [tuple(np.shape(entry)) for entry in entries]
+        raise ValueError(f"expected at least one start observation, as (N, *shape) with one N, got shapes {shapes}.")
+    count = counts.pop()[0]
 
     def sample(batch_size: int, rng: np.random.Generator) -> Starts:
         index = rng.integers(count, size=batch_size)

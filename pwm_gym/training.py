@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,7 +75,7 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 
 
 def make_model_optimizer(world_model: WorldModel, learning_rate: float, **kwargs: Any) -> torch.optim.Adam:
-    """Make the model's Adam: the encoder learns at 0.3 of the rate of the rest, as in TD-MPC2.
+    """Make the model's Adam: encoder and features extractor learn at 0.3 of the rate of the rest, as in TD-MPC2.
 
     Args:
         world_model: The model.
@@ -82,6 +83,8 @@ def make_model_optimizer(world_model: WorldModel, learning_rate: float, **kwargs
         **kwargs: Passed to Adam.
     """
     encoder = list(world_model.encoder.parameters())
+    if world_model.features_extractor is not None:
+        encoder += world_model.features_extractor.parameters()
     ids = {id(p) for p in encoder}
     rest = [p for p in world_model.parameters() if id(p) not in ids]
     groups = [{"params": encoder, "lr_scale": ENCODER_LR_SCALE}, {"params": rest, "lr_scale": 1.0}]
@@ -170,8 +173,9 @@ def update_world_model(
         rng: Generator to sample with.
         normalizer: The agent's `VecNormalize`, where it has one.
     """
-    windows = replay.sample_windows(batch_size, replay.longest_window(horizon), rng, normalizer)
-    length = windows.actions.shape[0]
+    length = replay.longest_window(horizon) or min(horizon, 1)  # an empty replay is what the error is then about
+    windows = replay.sample_windows(batch_size, length, rng, normalizer)
+    world_model.train()
     if isinstance(windows.observations, dict):
         flat = world_model.preprocess({k: v.flatten(0, 1) for k, v in windows.observations.items()})
     else:
@@ -179,7 +183,6 @@ def update_world_model(
     observations = flat.unflatten(0, (length + 1, batch_size))  # (H + 1, B, O)
     if not world_model.predicts_termination and world_model.termination_head is not None and windows.terminated.any():
         world_model.expect_termination()
-    world_model.train()
     loss, metrics = world_model_loss(
         world_model,
         observations,
@@ -232,9 +235,12 @@ def fit_world_model(
     rng = np.random.default_rng(seed)
     steps: Any = range(updates)
     if progress_bar:
+        from tqdm import TqdmExperimentalWarning
         from tqdm.rich import tqdm
 
-        steps = tqdm(steps, desc="world model", unit="update")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TqdmExperimentalWarning)
+            steps = tqdm(steps, desc="world model", unit="update")
     history: list[dict[str, Tensor]] = []
     for step in steps:
         with fast_matmul(world_model.device):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from pwm_gym.functional import two_hot_cross_entropy, two_hot_decode
@@ -118,6 +119,8 @@ class WorldModel(nn.Module):
         config: Shapes and arithmetic.
         observation_space: Real observation space; None for an unbounded Box of `config.observation_dim`.
         action_space: Real action space; None for [-1, 1]^A.
+        features_extractor: SB3's, to go in front of the encoder and to be fitted with it; its `features_dim` is
+            `config.observation_dim`. None to flatten observations.
 
     Raises:
         TypeError: If a space is of a kind that a world model can't take.
@@ -134,13 +137,14 @@ class WorldModel(nn.Module):
         self,
         config: WorldModelConfig,
         observation_space: spaces.Space | None = None,
-        action_space: spaces.Box | None = None,
+        action_space: spaces.Space | None = None,
+        features_extractor: BaseFeaturesExtractor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.observation_space = observation_space or _unbounded((config.observation_dim,))
-        self.action_space = action_space or spaces.Box(-1.0, 1.0, (config.action_dim,), np.float32)
-        self._check_spaces()
+        self.action_space: Any = action_space or spaces.Box(-1.0, 1.0, (config.action_dim,), np.float32)
+        self._check_spaces(features_extractor)
 
         activation = ACTIVATIONS[config.activation]
         spectral = config.regularizer == "spectral_norm"
@@ -170,6 +174,7 @@ class WorldModel(nn.Module):
         self._seen_termination = False  # the same on the host
         self.register_load_state_dict_post_hook(WorldModel._refresh)
         self._initialise()
+        self.features_extractor = features_extractor  # as its class initialised it
 
     def _refresh(self, _incompatible_keys: Any = None) -> None:
         self._seen_termination = bool(self.seen_termination > 0)
@@ -187,7 +192,7 @@ class WorldModel(nn.Module):
         if self.task_embedding is not None:
             nn.init.uniform_(self.task_embedding.weight, -0.02, 0.02)
 
-    def _check_spaces(self) -> None:
+    def _check_spaces(self, features_extractor: BaseFeaturesExtractor | None) -> None:
         for space in (
             self.observation_space.spaces.values()
             if isinstance(self.observation_space, spaces.Dict)
@@ -198,7 +203,10 @@ class WorldModel(nn.Module):
                     f"expected vector observations, got an image space {space}. World models of pixels are not "
                     f"supported: give proprioceptive observations or a vector of features."
                 )
-            if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+            vector = not isinstance(space, spaces.MultiDiscrete) or space.nvec.ndim == 1
+            if not vector or not isinstance(
+                space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
+            ):
                 raise TypeError(
                     f"expected Box, Discrete, MultiDiscrete, MultiBinary or a flat Dict of them, got {space}."
                 )
@@ -210,13 +218,17 @@ class WorldModel(nn.Module):
             raise ValueError(
                 f"expected finite action bounds, got {self.action_space}. Wrap the env in RescaleAction(env, -1, 1)."
             )
-        widths = {
-            "observation_dim": (self.config.observation_dim, spaces.flatdim(self.observation_space)),
-            "action_dim": (self.config.action_dim, spaces.flatdim(self.action_space)),
-        }
-        for name, (expected, got) in widths.items():
-            if expected != got:
-                raise ValueError(f"expected a space of {name} {expected} as in the config, got one of {got}.")
+        width = features_extractor.features_dim if features_extractor else spaces.flatdim(self.observation_space)
+        if self.config.observation_dim != width:
+            raise ValueError(
+                f"expected a space, or a features_extractor, of observation_dim {self.config.observation_dim} as in "
+                f"the config, got one of {width}."
+            )
+        if self.config.action_dim != spaces.flatdim(self.action_space):
+            raise ValueError(
+                f"expected a space of action_dim {self.config.action_dim} as in the config, got one of "
+                f"{spaces.flatdim(self.action_space)}."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -239,6 +251,7 @@ class WorldModel(nn.Module):
         """Turn a batch of real observations into the encoder's input.
 
         Dict entries are flattened and concatenated in the space's own order; discrete ones become one-hot, as in SB3.
+        A features extractor gets them unflattened, and gradients flow into it.
 
         Args:
             observations: Batch of real observations as arrays or tensors, (B, *shape), or a dict of such.
@@ -256,22 +269,31 @@ class WorldModel(nn.Module):
             missing = [key for key in space.spaces if key not in observations]
             if missing:
                 raise ValueError(f"expected observations with the keys of {space}, got none for {missing}.")
-            parts = [self._features(observations[key], part) for key, part in space.spaces.items()]
-            flat = torch.cat(parts, -1)
+            parts: Any = {key: self._entry(observations[key], part) for key, part in space.spaces.items()}
         else:
-            flat = self._features(observations, space)
-        if flat.shape[-1] != self.config.observation_dim:
-            raise ValueError(
-                f"expected observations of {self.config.observation_dim} features, got {flat.shape[-1]}. "
-                f"The model was fitted on {self.observation_space}."
-            )
-        return flat
+            parts = self._entry(observations, space)
+        if self.features_extractor is not None:
+            return self.features_extractor(parts)
+        return torch.cat(list(parts.values()), -1) if isinstance(parts, dict) else parts
 
-    def _features(self, observations: Any, space: spaces.Space) -> Tensor:
-        """Flatten one entry: (B, *shape) -> (B, features)."""
+    def _entry(self, observations: Any, space: spaces.Space) -> Tensor:
+        """Turn one entry into numbers and flatten it, unless a features extractor wants its shape: (B, ...)."""
+        if isinstance(observations, np.ndarray) and not observations.flags.writeable:
+            observations = observations.copy()  # torch warns of read-only arrays
         tensor = torch.as_tensor(observations, device=self.device)
-        features: Any = preprocess_obs(tensor, space, normalize_images=False)
-        return features.flatten(1).to(self.dtype)
+        column = isinstance(space, spaces.Discrete) and tensor.shape[1:] == (1,)  # as SB3 stores them
+        if tensor.ndim == 0 or not (column or tuple(tensor.shape[1:]) == space.shape):
+            shape = ", ".join(["B", *map(str, space.shape or ())])
+            raise ValueError(
+                f"expected observations of shape ({shape}), got {tuple(tensor.shape)}. The model was fitted on "
+                f"{self.observation_space}."
+            )
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            first = torch.as_tensor(space.start, device=self.device)
+            tensor = preprocess_obs(tensor - first, space, normalize_images=False)  # type: ignore[assignment]
+        has_shape = self.features_extractor is not None and isinstance(space, spaces.Box | spaces.MultiBinary)
+        shape_out = tensor.shape[1:] if has_shape else (spaces.flatdim(space),)
+        return tensor.reshape(len(tensor), *shape_out).to(self.dtype)
 
     def _condition(self, x: Tensor, task: int | Tensor | None) -> Tensor:
         """Append the task embedding, scaled back to norm 1 where it is longer (TD-MPC2's max_norm)."""
@@ -387,37 +409,48 @@ class WorldModel(nn.Module):
         """Write config, spaces and weights to one file, atomically. It holds no pickled objects."""
         content = {
             "format": _FORMAT,
-            "config": dataclasses.asdict(self.config),
+            "config": to_json(dataclasses.asdict(self.config)),
             "observation_space": to_json(self.observation_space),
             "action_space": to_json(self.action_space),
+            "features_extractor": type(self.features_extractor).__name__ if self.features_extractor else None,
             "state_dict": dict(self.state_dict()),
         }
         with atomic_write(path) as file:
             torch.save(content, file)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        features_extractor: BaseFeaturesExtractor | None = None,
+    ) -> Self:
         """Read a model written by `save`.
 
         Args:
             path: The file.
             device: Where the model goes.
+            features_extractor: One like the model's own, where it has one; its weights are then read too.
 
         Raises:
             FileNotFoundError: If there is no such file.
             UnsafeFileError: If the file holds pickled code; it is not executed.
-            ValueError: If the file is truncated, damaged, or no world model of ours.
+            ValueError: If the file is truncated, damaged, no world model of ours, or `features_extractor` is missing.
         """
         content = load_tensors(path, device)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(
                 f"expected a world model of format {_FORMAT!r} in {os.fspath(path)!r}, got something else."
             )
+        extractor_name = content.get("features_extractor")
+        if extractor_name is not None and features_extractor is None:
+            raise ValueError(f"expected features_extractor={extractor_name}(...): the model was saved with one.")
         try:
             model = cls(
-                WorldModelConfig(**content["config"]),
+                WorldModelConfig(**from_json(content["config"])),
                 from_json(content["observation_space"]),
                 from_json(content["action_space"]),
+                features_extractor,
             )
             model.load_state_dict(content["state_dict"])
         except (KeyError, TypeError, RuntimeError) as error:

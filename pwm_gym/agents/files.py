@@ -7,7 +7,9 @@ import json
 import os
 import pathlib
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +19,22 @@ from stable_baselines3.common.type_aliases import TrainFreq
 
 from pwm_gym.serialization import UnsafeFileError, atomic_write, from_json, to_json
 
-__all__ = ["clear_load_errors", "read_agent_data", "with_suffix", "write_agent"]
+__all__ = ["clear_load_errors", "read_agent", "with_suffix", "write_agent"]
 
 _PICKLED = ":serialized:"  # SB3's mark of an entry that is a pickle
+_DAMAGE = (  # what reading a damaged file can raise
+    AssertionError,
+    AttributeError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    UnicodeDecodeError,
+    json.JSONDecodeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def with_suffix(path: str | os.PathLike[str], suffix: str) -> pathlib.Path:
@@ -72,24 +87,28 @@ def clear_load_errors(path: Any) -> Iterator[None]:
             f"expected only tensors among the weights in {name!r}, got a pickle that wants to run code; nothing was "
             f"executed. Obtain the file again from its author."
         ) from error
-    except (zipfile.BadZipFile, EOFError, KeyError, json.JSONDecodeError, UnicodeDecodeError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"expected a complete agent in {name!r}, got a truncated or damaged file, or one of another agent: {error}"
         ) from error
 
 
-def read_agent_data(
-    path: str | os.PathLike[str] | io.BufferedIOBase, replaced: Collection[str], trust_pickle: bool
-) -> dict[str, Any]:
-    """Read the plain entries of an SB3 zip file.
+def read_agent(
+    path: str | os.PathLike[str] | io.BufferedIOBase,
+    replaced: Collection[str],
+    optional: Collection[str],
+    trust_pickle: bool,
+) -> tuple[io.BytesIO, dict[str, Any]]:
+    """Read an SB3 zip file and its plain entries.
 
     Args:
-        path: The file, or one that is open; its position is restored.
-        replaced: Entries that the caller replaces, which need not be readable.
+        path: The file, or one that is open.
+        replaced: Entries that the caller replaces; they are not looked at.
+        optional: Entries that need not be readable.
         trust_pickle: Leave pickled entries to SB3 instead of raising.
 
     Returns:
-        All entries that are plain.
+        The file's content, as checked here, and all entries that are plain.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -97,26 +116,27 @@ def read_agent_data(
         ValueError: If the file is truncated, damaged, or no agent.
     """
     if isinstance(path, str | os.PathLike):
-        found = pathlib.Path(path) if pathlib.Path(path).exists() else with_suffix(path, "zip")
+        found = pathlib.Path(path) if pathlib.Path(path).exists() else pathlib.Path(f"{os.fspath(path)}.zip")
         content = found.read_bytes()
     else:
-        position = path.tell()
         content = path.read()
-        path.seek(position)
-    with clear_load_errors(path), zipfile.ZipFile(io.BytesIO(content)) as archive:
-        broken = archive.testzip()
-        if broken is not None:
-            raise zipfile.BadZipFile(f"entry {broken!r} has a wrong checksum")
-        entries = json.loads(archive.read("data").decode())
-    pickled = [name for name, v in entries.items() if isinstance(v, dict) and _PICKLED in v and name not in replaced]
-    if pickled and not trust_pickle:
-        raise UnsafeFileError(
-            f"expected plain JSON entries, got pickled ones for {', '.join(map(repr, pickled))}; unpickling can run "
-            f"any code. If you trust the file's author, pass trust_pickle=True; or replace them with "
-            f"custom_objects={{{pickled[0]!r}: ...}}."
-        )
-    return {
-        name: from_json(v)
-        for name, v in entries.items()
-        if not (isinstance(v, dict) and _PICKLED in v) and name not in replaced
-    }
+    with clear_load_errors(path):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            broken = archive.testzip()
+            if broken is not None:
+                raise zipfile.BadZipFile(f"entry {broken!r} has a wrong checksum")
+            for name in archive.namelist():
+                with archive.open(name) as entry:
+                    if name.endswith(".pth") and entry.read(1) == pickle.PROTO:
+                        raise pickle.UnpicklingError(f"{name!r} is a bare pickle")
+            entries = json.loads(archive.read("data").decode())
+        entries = {name: value for name, value in entries.items() if name not in replaced}
+        pickled = {name for name, value in entries.items() if isinstance(value, dict) and _PICKLED in value}
+        unsafe = sorted(pickled.difference(optional))
+        if unsafe and not trust_pickle:
+            raise UnsafeFileError(
+                f"expected plain JSON entries, got pickled ones for {', '.join(map(repr, unsafe))}; unpickling can run "
+                f"any code. If you trust the file's author, pass trust_pickle=True; or replace them with "
+                f"custom_objects={{{unsafe[0]!r}: ...}}."
+            )
+        return io.BytesIO(content), {name: from_json(entries[name]) for name in entries.keys() - pickled}

@@ -58,8 +58,8 @@ def rollout(
     interrupted = False
     for t in range(horizon):
         seen = observations.detach() if detach_input else observations
-        noise_shape = (env.num_envs, actor.log_std.numel())
-        noise = torch.randn(noise_shape, generator=generator, device=seen.device, dtype=seen.dtype)
+        if t == 0 or not actor.use_sde:  # gSDE keeps its exploration matrices for the whole rollout
+            noise = actor.sample_noise(env.num_envs, generator)
         actions, entropy = actor(seen, noise)  # (B, A), (B,)
         following, rewards, terminated, truncated, infos = env.step(_to_action_space(env, actions))
         led_to = following

@@ -1,16 +1,17 @@
-"""Networks of first-order agents as SB3 policies: real observation -> encoder -> latent actor, and a latent critic."""
+"""Networks of first-order agents as SB3 policies: encoder and latent actor, and values of latents and of actions."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 from typing import Any, Self
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_device
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
 from pwm_gym.training import make_model_optimizer
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 
-__all__ = ["LatentActor", "PWMActor", "PWMPolicy", "ReturnScale", "default_world_model_config"]
+__all__ = ["LatentActor", "PWMActor", "PWMCritic", "PWMPolicy", "ReturnScale", "default_world_model_config"]
 
 _LARGE_OBSERVATION = 17  # from this width on the default world model is the wider one
 
@@ -37,25 +38,35 @@ def default_world_model_config(
         **overrides: Any other field of `WorldModelConfig`.
     """
     dims = {"observation_dim": spaces.flatdim(observation_space), "action_dim": spaces.flatdim(action_space)}
+    fields = {**dims, **overrides}
     if size is not None:
-        return WorldModelConfig.preset(size, **{**dims, **overrides})
-    latent, width = (256, 384) if dims["observation_dim"] >= _LARGE_OBSERVATION else (128, 256)
-    return WorldModelConfig(**{**dims, "latent_dim": latent, "encoder_dim": width, "mlp_dim": width, **overrides})
+        return WorldModelConfig.preset(size, **fields)
+    latent, width = (256, 384) if fields["observation_dim"] >= _LARGE_OBSERVATION else (128, 256)
+    return WorldModelConfig(**{"latent_dim": latent, "encoder_dim": width, "mlp_dim": width, **fields})
 
 
 class LatentActor(nn.Module):
     """A squashed Gaussian over actions given a latent: a = tanh(μ(z) + σ ε), σ independent of z.
 
-    PWM's actor (arXiv:2407.02466): an MLP of Linear, activation, LayerNorm blocks, and a log standard deviation that
-    is a parameter with a lower bound.
+    PWM's actor (arXiv:2407.02466): features f(z) from Linear, activation, LayerNorm blocks, a linear mean, and a log
+    standard deviation that is a parameter with a lower bound.
+
+    With `use_sde`, exploration is state-dependent (gSDE; Raffin et al. 2020, arXiv:2005.05719, eq. 5 to 9): the noise
+    is a function of the state that stays the same over a rollout, so that exploration is smooth in time.
+
+        a = tanh(μ(z) + f(z) W),    W_ij = σ_ij ε_ij,    and so    σ_j(z)² = Σ_i f_i(z)² σ_ij²
+
+    `log_std_init` and `log_std_min` mean the noise on the action here too: the σ_ij are smaller by √F, since
+    LayerNorm leaves features with a mean square of 1. As in SB3's SAC, gradients reach the features.
 
     Args:
         latent_dim: Width of a latent Z.
         action_dim: Width of an action A.
-        net_arch: Widths of the hidden layers.
+        net_arch: Widths of the hidden layers, the last of which is the features' F.
         activation_fn: Activation class.
         log_std_init: Initial log σ.
         log_std_min: Lower bound of log σ.
+        use_sde: Make the noise a function of the state.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class LatentActor(nn.Module):
         activation_fn: type[nn.Module],
         log_std_init: float,
         log_std_min: float,
+        use_sde: bool = False,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -73,28 +85,48 @@ class LatentActor(nn.Module):
         for features in net_arch:
             layers += [nn.Linear(width, features), activation_fn(), nn.LayerNorm(features)]
             width = features
-        self.mean = nn.Sequential(*layers, nn.Linear(width, action_dim))
-        self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
-        self.log_std_min = log_std_min
+        self.features = nn.Sequential(*layers)
+        self.mean = nn.Linear(width, action_dim)
+        self.use_sde = use_sde
+        shape, offset = ((width, action_dim), 0.5 * math.log(width)) if use_sde else ((action_dim,), 0.0)
+        self.log_std = nn.Parameter(torch.full(shape, log_std_init - offset))  # (A,), or (F, A) with gSDE
+        self._lowest = log_std_min - offset
+
+    def get_std(self) -> Tensor:
+        """Give σ, (A,), or with gSDE the σ_ij of the exploration matrices, (F, A)."""
+        return self.log_std.clamp(min=self._lowest).exp()
+
+    def sample_noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ε ~ N(0, 1) for `count` latents: (count, A), or with gSDE (count, F, A), to be kept for a rollout."""
+        shape = (count, *self.log_std.shape)
+        return torch.randn(shape, generator=generator, device=self.log_std.device, dtype=self.log_std.dtype)
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Act on latents.
 
         Args:
             z: (..., Z).
-            noise: ε ~ N(0, 1), (..., A); None for the deterministic action tanh(μ).
+            noise: ε as `sample_noise` draws it, (..., A) or (..., F, A); None for the deterministic action tanh(μ).
 
         Returns:
-            Actions in [-1, 1], (..., A), and the entropy estimate -log π(a|z), (...). Both are differentiable;
-            for the deterministic action the second is that of ε = 0.
+            Actions in [-1, 1], (..., A), and the entropy estimate -log π(a|z), (...). Both are differentiable, with
+            respect to σ too; for the deterministic action the second is that of ε = 0.
         """
-        mean = self.mean(z)
-        log_std = self.log_std.clamp(min=self.log_std_min)
-        noise = torch.zeros_like(mean) if noise is None else noise
+        features = self.features(z)  # (..., F)
+        mean = self.mean(features)  # (..., A)
+        if self.use_sde:
+            std = self.get_std()  # (F, A)
+            log_std = 0.5 * torch.log(features.square() @ std.square() + 1e-6)  # (..., A)
+            if noise is not None:
+                deviation = (features.unsqueeze(-2) @ (std * noise)).squeeze(-2)  # (..., A)
+                noise = deviation / log_std.exp()
+        else:
+            log_std = self.log_std.clamp(min=self._lowest)  # (A,)
+        noise = torch.zeros_like(mean) if noise is None else noise  # (..., A)
         pre_tanh = mean + log_std.exp() * noise
         # -log N(ε) + log σ + log(1 - tanh²(u)), and log(1 - tanh²(u)) = 2 (log 2 - u - softplus(-2u))
-        squash = 2.0 * (np.log(2.0) - pre_tanh - nn.functional.softplus(-2.0 * pre_tanh))
-        entropy = (0.5 * noise.square() + 0.5 * np.log(2.0 * np.pi) + log_std + squash).sum(-1)
+        squash = 2.0 * (math.log(2.0) - pre_tanh - nn.functional.softplus(-2.0 * pre_tanh))
+        entropy = (0.5 * noise.square() + 0.5 * math.log(2.0 * math.pi) + log_std + squash).sum(-1)
         return torch.tanh(pre_tanh), entropy
 
 
@@ -156,54 +188,139 @@ class PWMActor(_SafeFile):
     Args:
         observation_space: Real observation space.
         action_space: Real action space.
-        world_model: Fields of the world model's config.
+        world_model_kwargs: {"size": a preset} and any field of `WorldModelConfig`.
         net_arch: Widths of the actor's hidden layers.
         activation_fn: Activation class of the actor.
         log_std_init: Initial log σ.
         log_std_min: Lower bound of log σ.
+        use_sde: Explore with gSDE; see `LatentActor` and `reset_noise`.
+        features_extractor_class: Goes in front of the world model's encoder; None to flatten observations.
+        features_extractor_kwargs: Its arguments beside the observation space.
         normalize_images: Not used; SB3 passes it.
+
+    Raises:
+        TypeError: If a space is of a kind that a world model can't take.
+        ValueError: If `features_extractor_kwargs` come without a class.
     """
+
+    noise: Tensor | None
 
     def __init__(
         self,
         observation_space: spaces.Space,
         action_space: spaces.Box,
-        world_model: dict[str, Any],
+        world_model_kwargs: dict[str, Any],
         net_arch: list[int],
         activation_fn: type[nn.Module],
         log_std_init: float,
         log_std_min: float,
+        use_sde: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True, normalize_images=False)
-        config = WorldModelConfig(**world_model)
-        self.world_model = WorldModel(config, observation_space, action_space)
+        extractor = None
+        if features_extractor_class is not None:
+            extractor = features_extractor_class(observation_space, **(features_extractor_kwargs or {}))
+            world_model_kwargs = {"observation_dim": extractor.features_dim, **world_model_kwargs}
+        config = default_world_model_config(observation_space, action_space, **world_model_kwargs)
+        self.world_model = WorldModel(config, observation_space, action_space, extractor)
+        if features_extractor_kwargs and extractor is None:
+            raise ValueError("expected features_extractor_class beside features_extractor_kwargs, got None.")
         self.latent_actor = LatentActor(
-            config.latent_dim, config.action_dim, net_arch, activation_fn, log_std_init, log_std_min
+            config.latent_dim, config.action_dim, net_arch, activation_fn, log_std_init, log_std_min, use_sde
         )
         self._arguments = {
             "net_arch": net_arch,
             "activation_fn": activation_fn,
             "log_std_init": log_std_init,
             "log_std_min": log_std_min,
+            "use_sde": use_sde,
+            "features_extractor_class": features_extractor_class,
+            "features_extractor_kwargs": features_extractor_kwargs,
         }
         self.generator: torch.Generator | None = None  # of exploration noise; None for torch's global one
+        self.register_buffer("noise", None, persistent=False)  # gSDE's ε in use, (n_envs, F, A)
+
+    @property  # type: ignore[override]
+    def features_extractor(self) -> BaseFeaturesExtractor | None:
+        """The features extractor; the world model owns it."""
+        return self.world_model.features_extractor
+
+    @features_extractor.setter
+    def features_extractor(self, _: BaseFeaturesExtractor | None) -> None:
+        """Let SB3's constructor set its default."""
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         config = dataclasses.asdict(self.world_model.config)
-        return {**super()._get_constructor_parameters(), "world_model": config, **self._arguments}
+        return {**super()._get_constructor_parameters(), "world_model_kwargs": config, **self._arguments}
 
-    def forward(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
+    def get_std(self) -> Tensor:
+        """Give σ, (A,), or with gSDE the σ_ij of the exploration matrices, (F, A)."""
+        return self.latent_actor.get_std()
+
+    def reset_noise(self, n_envs: int = 1) -> None:
+        """Draw new exploration matrices for gSDE, one for each of `n_envs`; without gSDE there is nothing to draw.
+
+        A batch of another size than `n_envs` explores with the first of them, as in SB3.
+        """
+        if self.latent_actor.use_sde:
+            self.noise = self.latent_actor.sample_noise(n_envs, self.generator)
+
+    def _exploration_noise(self, count: int) -> Tensor:
+        if not self.latent_actor.use_sde:
+            return self.latent_actor.sample_noise(count, self.generator)
+        if self.noise is None:
+            self.reset_noise(count)
+        assert self.noise is not None
+        return self.noise if len(self.noise) == count else self.noise[:1]
+
+    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         """Act on a batch of real observations; returns actions in [-1, 1], (B, A)."""
         z = self.world_model.encode(self.world_model.preprocess(observation))
-        noise = None
-        if not deterministic:
-            shape = (z.shape[0], self.world_model.config.action_dim)
-            noise = torch.randn(shape, generator=self.generator, device=z.device, dtype=z.dtype)
-        return self.latent_actor(z, noise)[0]
+        return self.latent_actor(z, None if deterministic else self._exploration_noise(len(z)))[0]
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self(observation, deterministic)
+
+
+class PWMCritic(nn.Module):
+    """The ensemble V_e(z) that PWM learns, and what it makes of an action: Q(o, a), as SB3's critics answer.
+
+    Args:
+        actor: Has the world model, which stays its own.
+        value: V, on latents. It alone is learned, and holds all of this module's parameters.
+    """
+
+    def __init__(self, actor: PWMActor, value: EnsembleMLP) -> None:
+        super().__init__()
+        self.value = value
+        self.gamma = 0.99  # γ of the values; the agent puts its own here
+        self._actor = (actor,)  # in a tuple, so that its weights are not listed as the critic's too
+
+    @property
+    def features_extractor(self) -> BaseFeaturesExtractor | None:
+        """The features extractor; the world model owns it."""
+        return self._actor[0].features_extractor
+
+    def forward(self, observation: PyTorchObs, actions: Tensor) -> tuple[Tensor, ...]:
+        """Estimate how good actions are, by one step of the world model and the value of where it leads.
+
+            Q_e(o, a) = R(z, a) + γ (1 - T(z')) V_e(z'),    z = h(o),  z' = d(z, a)
+
+        Args:
+            observation: Batch of real observations, as `policy.obs_to_tensor` gives them.
+            actions: (B, A) or (B, *action_shape), in [-1, 1], as `policy.actor` answers and replay buffers store them.
+
+        Returns:
+            Q_e, (B, 1) for each member e of the ensemble, in task units, differentiable in the actions.
+        """
+        world_model = self._actor[0].world_model
+        z = world_model.encode(world_model.preprocess(observation))  # (B, Z)
+        next_z, reward = world_model(z, actions.flatten(1))  # (B, Z), (B,)
+        q = reward + self.gamma * (1.0 - world_model.termination(next_z)) * self.value(next_z)  # (E, B)
+        return tuple(q.unsqueeze(-1))  # E times (B, 1)
 
 
 class PWMPolicy(_SafeFile):
@@ -218,6 +335,10 @@ class PWMPolicy(_SafeFile):
         n_critics: Critics in the ensemble.
         log_std_init: Initial log standard deviation of the actor.
         log_std_min: Its lower bound.
+        use_sde: Explore with gSDE (see `LatentActor`); the agent's argument of that name puts it here.
+        features_extractor_class: An SB3 features extractor in front of the world model's encoder, trained by the
+            model's loss; None to flatten observations.
+        features_extractor_kwargs: Its arguments beside the observation space.
         world_model_kwargs: {"size": a preset} and any field of `WorldModelConfig`.
         model_learning_rate: Learning rate of the world model.
         optimizer_class: Optimizer of actor and critics.
@@ -234,13 +355,15 @@ class PWMPolicy(_SafeFile):
         n_critics: int = 3,
         log_std_init: float = -1.0,
         log_std_min: float = -1.427,
+        use_sde: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
         world_model_kwargs: dict[str, Any] | None = None,
         model_learning_rate: float = 5e-4,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True, normalize_images=False)
-        config = default_world_model_config(observation_space, action_space, **(world_model_kwargs or {}))
         arch = {"pi": [256, 128], "qf": [256, 128]} if net_arch is None else net_arch
         actor_arch, critic_arch = (arch["pi"], arch["qf"]) if isinstance(arch, dict) else (arch, arch)
         self._arguments = {
@@ -249,6 +372,9 @@ class PWMPolicy(_SafeFile):
             "n_critics": n_critics,
             "log_std_init": log_std_init,
             "log_std_min": log_std_min,
+            "use_sde": use_sde,
+            "features_extractor_class": features_extractor_class,
+            "features_extractor_kwargs": features_extractor_kwargs,
             "world_model_kwargs": world_model_kwargs,
             "model_learning_rate": model_learning_rate,
             "optimizer_class": optimizer_class,
@@ -257,14 +383,18 @@ class PWMPolicy(_SafeFile):
         self.actor = PWMActor(
             observation_space,
             action_space,
-            dataclasses.asdict(config),
+            world_model_kwargs or {},
             actor_arch,
             activation_fn,
             log_std_init,
             log_std_min,
+            use_sde,
+            features_extractor_class,
+            features_extractor_kwargs,
         )
-        self.critic = EnsembleMLP(n_critics, config.latent_dim, critic_arch, activation_fn)
-        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        value = EnsembleMLP(n_critics, self.world_model.config.latent_dim, critic_arch, activation_fn)
+        self.critic = PWMCritic(self.actor, value)
+        self.critic_target = PWMCritic(self.actor, copy.deepcopy(value).requires_grad_(False))
         self.return_scale = ReturnScale()
 
         if optimizer_kwargs is None:
@@ -285,6 +415,10 @@ class PWMPolicy(_SafeFile):
         parameters = super()._get_constructor_parameters()
         parameters.pop("normalize_images")
         return {**parameters, **self._arguments, "lr_schedule": None}
+
+    def reset_noise(self, n_envs: int = 1) -> None:
+        """Draw new exploration matrices for gSDE; see `PWMActor.reset_noise`."""
+        self.actor.reset_noise(n_envs)
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         """Act on a batch of real observations; returns actions in [-1, 1], (B, A)."""

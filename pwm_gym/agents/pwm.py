@@ -13,30 +13,33 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
-from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.utils import check_for_correct_spaces, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from pwm_gym.agents.base import ResumableAlgorithm
 from pwm_gym.agents.first_order import critic_targets, fit_critic, rollout, rollout_returns
-from pwm_gym.agents.policies import PWMPolicy
+from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import as_sb3_vec_env
-from pwm_gym.training import fast_matmul, frozen, update_world_model
+from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, update_world_model
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["PWM"]
 
 # The paper's settings where they differ from the defaults: PWM(..., **PWM.PAPER).
 _PAPER = {
+    "batch_size": 512,
     "horizon": 16,
     "tau": 1.0,
     "ent_coef": 0.0,
+    "model_batch_size": 1024,
     "model_horizon": 16,
     "rho": 0.99,
     "critic_epochs": 8,
@@ -80,6 +83,9 @@ class PWM(ResumableAlgorithm):
         td_lambda: λ of the critic's targets.
         ent_coef: Weight of the policy's entropy; "auto" or "auto_<initial>" learns it as SAC does.
         target_entropy: Entropy that "auto" aims at; "auto" for minus the number of action dimensions.
+        use_sde: Explore with gSDE, noise that is a function of the state (see `LatentActor`).
+        sde_sample_freq: Draw new exploration matrices every so many steps; -1 at the start of each collection only.
+        use_sde_at_warmup: Explore with gSDE before `learning_starts` too, instead of uniformly.
         model_batch_size: Windows in a batch of the world model.
         model_horizon: Steps in such a window.
         rho: Weight of a window's later steps, in (0, 1].
@@ -119,9 +125,9 @@ class PWM(ResumableAlgorithm):
         env: GymEnv | VectorEnv | str | None,
         learning_rate: float | Schedule = 5e-4,
         buffer_size: int = 1_000_000,
-        learning_starts: int = 1_000,
+        learning_starts: int = 500,
         batch_size: int = 128,
-        tau: float = 0.01,
+        tau: float = 0.05,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 2,
         gradient_steps: int = 1,
@@ -130,11 +136,14 @@ class PWM(ResumableAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        horizon: int = 5,
+        horizon: int = 10,
         td_lambda: float = 0.95,
-        ent_coef: float | str = 3e-4,
+        ent_coef: float | str = 0.03,
         target_entropy: float | str = "auto",
-        model_batch_size: int = 256,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
+        model_batch_size: int = 128,
         model_horizon: int = 5,
         rho: float = 0.5,
         critic_epochs: int = 1,
@@ -177,17 +186,19 @@ class PWM(ResumableAlgorithm):
             gradient_steps,
             action_noise,
             replay_buffer_class,
-            replay_buffer_kwargs,
+            dict(replay_buffer_kwargs or {}),  # SB3 writes into it
             optimize_memory_usage,
             n_steps,
-            policy_kwargs,
+            dict(policy_kwargs or {}),
             stats_window_size,
             tensorboard_log,
             verbose,
             device if latent_env is None else latent_env.device,
             support_multi_env=True,
             seed=seed,
-            sde_support=False,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            use_sde_at_warmup=use_sde_at_warmup,
             supported_action_spaces=(spaces.Box,),
         )
         self.horizon, self.td_lambda = horizon, td_lambda
@@ -224,25 +235,42 @@ class PWM(ResumableAlgorithm):
             self.policy = policy_class(
                 self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
             ).to(self.device)
-            self.policy.actor.world_model = self.latent_env.world_model
+            self._adopt(self.latent_env.world_model)
             self._convert_train_freq()
         self.actor = self.policy.actor
         self.policy.actor.generator = self._generator
+        self.policy.critic.gamma = self.policy.critic_target.gamma = self.gamma
         self._setup_entropy()
         self._imagination: LatentVectorEnv | None = None
         self._metrics = {}
 
+    def _adopt(self, world_model: WorldModel) -> None:
+        """Let policy and optimizer work on this very model instead of on an equal one."""
+        before = self.policy.model_optimizer
+        self.policy.actor.world_model = world_model
+        self.policy.model_optimizer = make_model_optimizer(world_model, before.param_groups[-1]["lr"])
+        if before.state:
+            self.policy.model_optimizer.load_state_dict(before.state_dict())
+
     def _default_replay_buffer_class(self) -> type[ReplayBuffer]:
         return DictSequenceReplayBuffer if isinstance(self.observation_space, spaces.Dict) else SequenceReplayBuffer
 
-    def _make_replay_buffer(self) -> None:
+    def _fit_replay_buffer(self, n_envs: int) -> None:
+        """Make a replay buffer for `n_envs` real envs where there is none yet."""
+        if self.replay_buffer is not None and self.replay_buffer.n_envs == n_envs:
+            return
+        if self.replay_buffer is not None and self.replay_buffer.size() > 0:
+            raise ValueError(
+                f"expected {self.replay_buffer.n_envs} envs, as many as the replay buffer holds, got {n_envs}. Give "
+                f"as many, or drop the data with agent.replay_buffer = None."
+            )
         self.replay_buffer_class = self.replay_buffer_class or self._default_replay_buffer_class()
         self.replay_buffer = self.replay_buffer_class(
             self.buffer_size,
             self.observation_space,
             self.action_space,
             self.device,
-            self.n_envs,
+            n_envs,
             self.optimize_memory_usage,
             **self.replay_buffer_kwargs,
         )
@@ -271,17 +299,17 @@ class PWM(ResumableAlgorithm):
 
         Raises:
             AssertionError: If a real env has another number of envs than the agent was made for.
-            ValueError: If the spaces or the world models differ.
+            ValueError: If the spaces or the world models differ, or the replay buffer holds another number of envs.
         """
         latent_env = _latent_env_of(env)
         if latent_env is None:
             if self.latent_env is not None or self.env is None:
                 env = self._wrap_env(env, self.verbose)
+                check_for_correct_spaces(env, self.observation_space, self.action_space)
+                self._fit_replay_buffer(env.num_envs)
                 self.n_envs = env.num_envs
             super().set_env(env, force_reset)  # type: ignore[arg-type]
             self.latent_env = None
-            if self.replay_buffer is None:
-                self._make_replay_buffer()
             return
         ours, theirs = self.world_model, latent_env.world_model
         same = ours is theirs or (
@@ -296,7 +324,8 @@ class PWM(ResumableAlgorithm):
             )
         self.env, self.latent_env = self._wrap_env(latent_env, self.verbose), latent_env
         self.n_envs, self._vec_normalize_env, self.learning_starts = latent_env.num_envs, None, 0
-        self.policy.actor.world_model = theirs
+        if theirs is not ours:
+            self._adopt(theirs)
         if force_reset:
             self._last_obs = None
 
@@ -306,9 +335,14 @@ class PWM(ResumableAlgorithm):
         return self.policy.world_model
 
     @property
-    def critic(self) -> nn.Module:
-        """The ensemble V(z)."""
+    def critic(self) -> PWMCritic:
+        """The critic: `critic(observation, actions)` as in SB3, `critic.value` for the ensemble V(z)."""
         return self.policy.critic
+
+    @property
+    def critic_target(self) -> PWMCritic:
+        """The slowly moving copy of the critic, which the targets come from."""
+        return self.policy.critic_target
 
     def make_latent_env(self, num_envs: int = 64, horizon: int | None = None, **kwargs: Any) -> LatentVectorEnv:
         """Make the agent's world model into an env that starts from its replayed experience.
@@ -331,13 +365,25 @@ class PWM(ResumableAlgorithm):
     # Learning
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
-        """Update world model, actor and critics `gradient_steps` times (PWM, algorithm 1)."""
+        """Update world model, actor and critics `gradient_steps` times (PWM, algorithm 1).
+
+        Raises:
+            ValueError: If there is nothing to learn from.
+        """
+        if self.latent_env is None and self.sequence_replay().size() == 0:
+            raise ValueError(
+                "expected transitions in the replay buffer, got an empty one. Collect some with learn(...), or give "
+                "them with load_replay_buffer(...)."
+            )
+        if not hasattr(self, "_logger"):  # `learn` was never called
+            self._logger = Logger(None, [])
         with fast_matmul(self.device):
             self._train(gradient_steps, batch_size)
 
     def _train(self, gradient_steps: int, batch_size: int) -> None:
         policy, env = self.policy, self._training_env(batch_size)
         policy.set_training_mode(True)
+        self.world_model.eval()  # the power iterations of spectral norm belong to the model's own updates
         optimizers = [policy.actor_optimizer, policy.critic_optimizer]
         self._update_learning_rate(optimizers + ([self.ent_coef_optimizer] if self.ent_coef_optimizer else []))
 
@@ -362,7 +408,7 @@ class PWM(ResumableAlgorithm):
                 actor = policy.actor.latent_actor
                 window = rollout(env, z, actor, horizon, self._generator, self.detach_input)
                 # Actor
-                returns = rollout_returns(window, policy.critic_target, self.gamma)
+                returns = rollout_returns(window, policy.critic_target.value, self.gamma)
                 entropy = window.entropy.mean()
                 scale = policy.return_scale.update(returns.detach())
                 actor_loss = -returns.mean() / scale - self._entropy_coefficient(entropy) * entropy
@@ -371,9 +417,9 @@ class PWM(ResumableAlgorithm):
                 actor_grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), self.max_grad_norm)
                 policy.actor_optimizer.step()
             # Critics
-            targets = critic_targets(window, policy.critic_target, self.gamma, self.td_lambda)
+            targets = critic_targets(window, policy.critic_target.value, self.gamma, self.td_lambda)
             metrics |= fit_critic(
-                policy.critic,
+                policy.critic.value,
                 policy.critic_optimizer,
                 window.observations,
                 targets,
@@ -399,18 +445,20 @@ class PWM(ResumableAlgorithm):
     def _training_env(self, num_envs: int) -> LatentVectorEnv:
         if self.latent_env is not None:
             return self.latent_env
-        if self._imagination is None or self._imagination.num_envs != num_envs:
-            self._imagination = self.make_latent_env(
-                num_envs, self.horizon, autoreset_mode=AutoresetMode.DISABLED, termination="none"
+        env = self._imagination
+        if env is None or (env.num_envs, env.horizon, env.world_model) != (num_envs, self.horizon, self.world_model):
+            env = LatentVectorEnv(
+                self.world_model, None, num_envs, self.horizon, AutoresetMode.DISABLED, termination="none"
             )
-            self._imagination.np_random = self._rng
-        return self._imagination
+            self._imagination = env
+        return env
 
     def _begin_rollout(self, env: LatentVectorEnv) -> Tensor:
         """Start at replayed states; in a frozen model's own env, go on where the last rollout ended."""
-        if env is self.latent_env and self._n_updates > 0 and env.has_started:
-            return env.detach()
-        return env.reset()[0]
+        if env is self.latent_env:
+            return env.detach() if env.has_started else env.reset()[0]
+        starts = self.sequence_replay().sample_starts(env.num_envs, self._rng, env=self._vec_normalize_env)
+        return env.reset(options={"observations": starts.observations})[0]
 
     def _entropy_coefficient(self, entropy: Tensor) -> Tensor:
         if self.log_ent_coef is None or self.ent_coef_optimizer is None:
@@ -438,16 +486,17 @@ class PWM(ResumableAlgorithm):
                 env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
             )
         callback.on_rollout_start()
-        steps = self.latent_env.num_envs * min(self.horizon, self.latent_env.horizon)
-        self.num_timesteps += steps
+        updates = max(self.gradient_steps, 1)  # each imagines anew; for -1, "as many as collected", it is one
         callback.update_locals(locals())
-        if not callback.on_step():
-            return RolloutReturn(steps, 0, continue_training=False)
+        for _ in range(updates * min(self.horizon, self.latent_env.horizon)):
+            self.num_timesteps += self.latent_env.num_envs
+            if not callback.on_step():  # once for each step of all envs, as SB3's callbacks expect
+                return RolloutReturn(updates, 0, continue_training=False)
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
         if log_interval is not None and self._n_updates % (25 * log_interval) == 0 and self._n_updates > 0:
             self.dump_logs()
         callback.on_rollout_end()
-        return RolloutReturn(steps, 0, continue_training=True)
+        return RolloutReturn(updates, 0, continue_training=True)
 
     def learn(
         self,

@@ -1,0 +1,139 @@
+"""Scoring an agent on the real env, and showing what it learned: returns, a learning curve, a video."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from pwm_gym.serialization import atomic_write
+
+__all__ = ["episode_returns", "plot_learning_curves", "record_video"]
+
+
+class _Predictor(Protocol):
+    def predict(self, observation: Any, *, deterministic: bool) -> tuple[np.ndarray, Any]: ...
+
+
+def episode_returns(
+    agent: _Predictor, env: gym.Env, episodes: int = 10, seed: int = 0, deterministic: bool = True
+) -> np.ndarray:
+    """Run whole episodes, each from a seed of its own, so that two agents meet the same initial states.
+
+    Args:
+        agent: Anything with SB3's `predict`.
+        env: A real env.
+        episodes: Episodes to run.
+        seed: Episode i is reset with seed + i.
+        deterministic: Act without exploration noise.
+
+    Returns:
+        Undiscounted returns, (episodes,), in task units.
+
+    Raises:
+        ValueError: If `episodes` < 1.
+    """
+    if episodes < 1:
+        raise ValueError(f"`episodes` must be >= 1, got {episodes}.")
+    returns = np.zeros(episodes)
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=seed + episode)
+        ended = False
+        while not ended:
+            action, _ = agent.predict(observation, deterministic=deterministic)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += float(reward)
+            ended = terminated or truncated
+    return returns
+
+
+def record_video(
+    agent: _Predictor,
+    env: gym.Env,
+    path: str | os.PathLike[str],
+    seed: int = 0,
+    max_steps: int = 1_000,
+    fps: float | None = None,
+) -> float:
+    """Film one deterministic episode.
+
+    Args:
+        agent: Anything with SB3's `predict`.
+        env: A real env made with render_mode="rgb_array".
+        path: The file, .mp4 or .gif; written under a temporary name first.
+        seed: Of the episode.
+        max_steps: Longest film, in steps.
+        fps: Frames per second; None for the env's own.
+
+    Returns:
+        The episode's return, in task units.
+
+    Raises:
+        ImportError: If imageio is missing.
+        ValueError: If the env does not render frames.
+    """
+    try:
+        import imageio.v3 as imageio
+    except ImportError as error:
+        raise ImportError('a video needs imageio: pip install "pwm-gym[examples]"') from error
+    if env.render_mode != "rgb_array":
+        raise ValueError(f"expected an env with render_mode='rgb_array', got {env.render_mode!r}.")
+    observation, _ = env.reset(seed=seed)
+    frames, total, ended = [np.asarray(env.render())], 0.0, False
+    while not ended and len(frames) <= max_steps:
+        action, _ = agent.predict(observation, deterministic=True)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        frames.append(np.asarray(env.render()))
+        total += float(reward)
+        ended = terminated or truncated
+    suffix, fps = pathlib.Path(path).suffix or ".mp4", fps or env.metadata.get("render_fps", 30)
+    speed: dict[str, Any] = {"duration": 1_000 / fps, "loop": 0} if suffix == ".gif" else {"fps": fps}
+    content = imageio.imwrite("<bytes>", np.stack(frames), extension=suffix, **speed)
+    with atomic_write(path) as file:
+        file.write(content)
+    return total
+
+
+def plot_learning_curves(
+    curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]],
+    path: str | os.PathLike[str],
+    title: str,
+    xlabel: str = "environment steps",
+    references: Mapping[str, float] | None = None,
+) -> None:
+    """Draw returns against steps: a line through the means and a band from the worst to the best episode.
+
+    Args:
+        curves: {label: (steps (T,), returns (T, episodes))}; EvalCallback's evaluations.npz holds such arrays.
+        path: The picture, .png.
+        title: Its title.
+        xlabel: What the steps count.
+        references: {label: return} of horizontal lines, such as published scores.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('a plot needs matplotlib: pip install "pwm-gym[examples]"') from error
+    figure = Figure(figsize=(7.0, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for index, (label, (steps, returns)) in enumerate(curves.items()):
+        values = np.asarray(returns, dtype=float)
+        x, color = np.asarray(steps), f"C{index}"
+        axes.plot(x, values.mean(1), color=color, marker="o", markersize=3, label=label)
+        axes.fill_between(x, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0)
+    for index, (label, value) in enumerate((references or {}).items(), start=len(curves)):
+        axes.axhline(value, linestyle="--", linewidth=1, color=f"C{index}", label=label)
+    axes.set(title=title, xlabel=xlabel, ylabel="return of an episode")
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=pathlib.Path(path).suffix.lstrip(".") or "png")
