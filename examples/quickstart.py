@@ -2,8 +2,8 @@
 
     python examples/quickstart.py --seed 0
 
-trains for 30,000 frames (15,000 decisions; a few minutes on two cores), keeps the policy that its own evaluations
-liked best, scores that once on 10 other episodes, and leaves the agent, its learning curve and a video in runs/.
+trains for 12,000 decisions (24,000 frames, a few minutes on two cores), keeps the policy that its own evaluations liked
+best, scores that once on 10 other episodes, and leaves the agent, its learning curve and a video in runs/.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     """Train, choose, score, and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="pwm_gym/cartpole-swingup-v0", help="a registered env (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=15_000, help="decisions to train for (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12_000, help="decisions to train for (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for results (default: runs/...)")
     arguments = parser.parse_args()

@@ -139,7 +139,7 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         self._replay = SimulatorReplay(render_env, num_envs) if draws and render_env is not None else None
         self._nearest = NearestFrame(*render_frames) if draws and render_frames is not None else None
         self._sampler = None if start is None else as_start_sampler(start, physics=self._replay is not None)
-        low, high = self.single_action_space.low.ravel(), self.single_action_space.high.ravel()
+        low, high = world_model.action_space.low.ravel(), world_model.action_space.high.ravel()
         self._action_low, self._action_high = torch.from_numpy(low), torch.from_numpy(high)
         self._unit_actions = bool(np.all(low == -1.0) and np.all(high == 1.0))
 

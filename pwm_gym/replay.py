@@ -10,13 +10,13 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
 from pwm_gym.starts import Starts
 
-__all__ = ["DictSequenceReplayBuffer", "SequenceReplayBuffer", "SequenceSamples"]
+__all__ = ["DictSequenceReplayBuffer", "NStepSequenceReplayBuffer", "SequenceReplayBuffer", "SequenceSamples"]
 
 _FORMAT = "pwm_gym.replay/1"
 _REJECTION_ROUNDS = 4  # cheap tries before every valid window is listed
@@ -53,6 +53,7 @@ class _Windows(ReplayBuffer):
         optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
         store_physics_state: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             buffer_size,
@@ -62,6 +63,7 @@ class _Windows(ReplayBuffer):
             n_envs,
             optimize_memory_usage,
             handle_timeout_termination,
+            **kwargs,
         )
         self.store_physics_state = store_physics_state
         self.episode = np.zeros((self.buffer_size, n_envs), np.int64)
@@ -413,3 +415,7 @@ class SequenceReplayBuffer(_Windows):
 
 class DictSequenceReplayBuffer(_Windows, DictReplayBuffer):
     """`SequenceReplayBuffer` for Dict observation spaces, on SB3's `DictReplayBuffer`."""
+
+
+class NStepSequenceReplayBuffer(_Windows, NStepReplayBuffer):
+    """`SequenceReplayBuffer` whose `sample` gives n-step returns, on SB3's `NStepReplayBuffer`."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pwm_gym.agents.policies import LatentActor
+from pwm_gym.agents.latent_actor import LatentActor
 from pwm_gym.differentiable import DifferentiableVectorEnv
 from pwm_gym.functional import td_lambda_returns
 from pwm_gym.networks import EnsembleMLP

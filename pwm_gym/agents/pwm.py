@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
@@ -26,7 +26,7 @@ from pwm_gym.agents.first_order import critic_targets, fit_critic, rollout, roll
 from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
 from pwm_gym.latent_env import LatentVectorEnv
-from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
+from pwm_gym.replay import DictSequenceReplayBuffer, NStepSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import as_sb3_vec_env
 from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, update_world_model
 from pwm_gym.world_model import WorldModel
@@ -78,7 +78,7 @@ class PWM(ResumableAlgorithm):
         replay_buffer_class: A `SequenceReplayBuffer` by default; training needs one.
         replay_buffer_kwargs: Its arguments, such as {"store_physics_state": True} for rendering imagined rollouts.
         optimize_memory_usage: As in SB3; the last step of each episode is then not learned from.
-        n_steps: As in SB3; other values than 1 select a buffer that PWM cannot train from.
+        n_steps: As in SB3, of the returns that `replay_buffer.sample` gives; PWM's own targets are imagined.
         horizon: Steps of an imagined rollout H.
         td_lambda: λ of the critic's targets.
         ent_coef: Weight of the policy's entropy; "auto" or "auto_<initial>" learns it as SAC does.
@@ -225,8 +225,20 @@ class PWM(ResumableAlgorithm):
     def _setup_model(self) -> None:
         self._random_states = []
         if self.latent_env is None:
+            is_dict = isinstance(self.observation_space, spaces.Dict)
             if self.replay_buffer_class is None and self.n_steps == 1:
                 self.replay_buffer_class = self._default_replay_buffer_class()
+            elif self.replay_buffer_class in (None, NStepReplayBuffer) and self.n_steps > 1 and not is_dict:
+                self.replay_buffer_class = None  # SB3 puts its own there, and so does a file
+                self.replay_buffer = NStepSequenceReplayBuffer(
+                    self.buffer_size,
+                    self.observation_space,
+                    self.action_space,
+                    self.device,
+                    self.n_envs,
+                    self.optimize_memory_usage,
+                    **{"n_steps": self.n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs},
+                )
             super()._setup_model()
         else:  # a frozen model needs no replay buffer
             self._setup_lr_schedule()

@@ -14,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
 from pwm_gym.agents.first_order import critic_targets, fit_critic, rollout, rollout_returns
-from pwm_gym.agents.policies import LatentActor
+from pwm_gym.agents.latent_actor import LatentActor
 from pwm_gym.differentiable import DifferentiableVectorEnv
 from pwm_gym.networks import EnsembleMLP
 

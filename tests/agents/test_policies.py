@@ -19,7 +19,8 @@ from torch.func import functional_call
 
 from pwm_gym import PWM, LatentObservation, LatentVectorEnv, UnsafeFileError, WorldModel
 from pwm_gym.agents.first_order import rollout
-from pwm_gym.agents.policies import LatentActor, PWMActor, PWMPolicy, ReturnScale, default_world_model_config
+from pwm_gym.agents.latent_actor import LatentActor
+from pwm_gym.agents.policies import PWMActor, PWMPolicy, ReturnScale, default_world_model_config
 from pwm_gym.networks import Mish
 from pwm_gym.training import ENCODER_LR_SCALE
 

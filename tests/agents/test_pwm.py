@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -608,8 +609,8 @@ def test_dict_observations_need_the_multi_input_policy(make_agent: Any, toy: Any
 
 def test_buffers_without_windows_are_refused_before_the_first_step(make_agent: Any, toy: Any):
     env = toy()
-    with pytest.raises(TypeError, match=r"expected a SequenceReplayBuffer.*got NStepReplayBuffer.*Leave"):
-        make_agent(env, n_steps=3).learn(20)
+    with pytest.raises(TypeError, match=r"expected a SequenceReplayBuffer.*got ReplayBuffer.*Leave"):
+        make_agent(env, replay_buffer_class=ReplayBuffer).learn(20)
     assert env.steps == 0
 
 
@@ -642,7 +643,7 @@ def test_actions_are_scaled_to_the_envs_units(make_agent: Any, toy: Any):
 @pytest.mark.expensive
 def test_the_defaults_learn_to_bring_a_point_home():
     class Point(gym.Env):
-        """Push a point on a line to 0 within 25 steps; random actions return about -20, the best about -3."""
+        """Push a point on a line to 0 in 25 steps: random actions return -37, the untrained policy less, a PD -1.9."""
 
         observation_space = spaces.Box(-5.0, 5.0, (2,), np.float32)
         action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -658,6 +659,6 @@ def test_the_defaults_learn_to_bring_a_point_home():
             self.steps += 1
             return self.state.copy(), -abs(float(self.state[0])), False, self.steps == 25, {}
 
-    agent = PWM("MlpPolicy", Point(), seed=0, device="cpu").learn(2_500)
+    agent = PWM("MlpPolicy", Point(), seed=0, device="cpu").learn(1_000)  # 22 s of one core
     score, _ = evaluate_policy(agent, Monitor(Point()), n_eval_episodes=20)
-    assert score > -6.0
+    assert score > -4.0
