@@ -457,4 +457,4 @@ class WorldModel(nn.Module):
             raise ValueError(
                 f"expected a complete world model in {os.fspath(path)!r}, got a damaged one: {error}"
             ) from error
-        return model.to(device)
+        return model.to(device).eval()
