@@ -248,7 +248,7 @@ def test_atomic_write_keeps_the_old_file_when_the_block_raises(
     path = tmp_path / "model.pt"
     path.write_bytes(b"old")
     with pytest.raises(error), atomic_write(path) as file:
-        file.write(b"new, but never finis")
+        file.write(b"new, but not all of it")
         raise error
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["model.pt"]  # no temporary file is left
