@@ -26,6 +26,7 @@ FLOORS = {
     "replay": 1,
     "differentiable": 1,
     "starts": 1,
+    "rendering": 2,
     "latent_env": 2,
     "datasets": 2,
     "checkpoints": 2,
