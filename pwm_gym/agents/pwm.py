@@ -68,7 +68,8 @@ class PWM(ResumableAlgorithm):
         env: A Gymnasium env, a registered id, an SB3 `VecEnv`, a Gymnasium `VectorEnv`, or a `LatentVectorEnv`.
         learning_rate: Of actor and critics, as a number or schedule of the remaining progress.
         buffer_size: Capacity of the replay buffer, in steps over all envs.
-        learning_starts: Steps with random actions before training begins.
+        learning_starts: Steps with random actions before training begins. The first training then makes as many
+            updates at once, as TD-MPC2 does after its seed episodes.
         batch_size: Imagined rollouts B in an update. On a `LatentVectorEnv` its `num_envs` counts instead.
         tau: Polyak coefficient of the target critic, in (0, 1]; 1 for no target critic.
         gamma: Discount γ.
@@ -125,7 +126,7 @@ class PWM(ResumableAlgorithm):
         env: GymEnv | VectorEnv | str | None,
         learning_rate: float | Schedule = 5e-4,
         buffer_size: int = 1_000_000,
-        learning_starts: int = 500,
+        learning_starts: int = 300,
         batch_size: int = 128,
         tau: float = 0.05,
         gamma: float = 0.99,
@@ -387,6 +388,8 @@ class PWM(ResumableAlgorithm):
                 "expected transitions in the replay buffer, got an empty one. Collect some with learn(...), or give "
                 "them with load_replay_buffer(...)."
             )
+        if self._n_updates == 0 and self.latent_env is None:  # catch up on the random steps
+            gradient_steps = max(gradient_steps, self.learning_starts)
         if not hasattr(self, "_logger"):  # `learn` was never called
             self._logger = Logger(None, [])
         with fast_matmul(self.device):
