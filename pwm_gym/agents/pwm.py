@@ -68,8 +68,7 @@ class PWM(ResumableAlgorithm):
         env: A Gymnasium env, a registered id, an SB3 `VecEnv`, a Gymnasium `VectorEnv`, or a `LatentVectorEnv`.
         learning_rate: Of actor and critics, as a number or schedule of the remaining progress.
         buffer_size: Capacity of the replay buffer, in steps over all envs.
-        learning_starts: Steps with random actions before training begins. As many updates are then
-            made at once, as TD-MPC2 does after its seed episodes.
+        learning_starts: Steps with random actions before training begins.
         batch_size: Imagined rollouts B in an update. On a `LatentVectorEnv` its `num_envs` counts instead.
         tau: Polyak coefficient of the target critic, in (0, 1]; 1 for no target critic.
         gamma: Discount γ.
@@ -126,7 +125,7 @@ class PWM(ResumableAlgorithm):
         env: GymEnv | VectorEnv | str | None,
         learning_rate: float | Schedule = 5e-4,
         buffer_size: int = 1_000_000,
-        learning_starts: int = 300,
+        learning_starts: int = 500,
         batch_size: int = 128,
         tau: float = 0.05,
         gamma: float = 0.99,
@@ -495,13 +494,9 @@ class PWM(ResumableAlgorithm):
     ) -> RolloutReturn:
         """Collect real experience as SB3 does; on a `LatentVectorEnv`, count the steps that `train` will imagine."""
         if self.latent_env is None:
-            collected = super().collect_rollouts(
+            return super().collect_rollouts(
                 env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
             )
-            begins = self._n_updates == 0 and self.num_timesteps > learning_starts > 0
-            if begins and collected.continue_training and self.gradient_steps != 0:
-                self.train(learning_starts, self.batch_size)  # catch up on the random steps
-            return collected
         callback.on_rollout_start()
         updates = max(self.gradient_steps, 1)  # each imagines anew; for -1, "as many as collected", it is one
         callback.update_locals(locals())
