@@ -12,6 +12,7 @@ CATEGORIES = (
     "n-step and HER buffers",
     "optimize_memory_usage",
     "SAC's own arguments and modules",
+    "PWM's own defaults",
 )
 REQUIRED_PERCENT = 85.0
 
