@@ -12,7 +12,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CHECKED := pwm_gym examples tests
+CHECKED := pwm_gym examples benchmarks tests
 
 .PHONY: help venv demo test test-expensive sb3-suite lint format type spell commit-checks coverage \
 	rendering clean
@@ -87,4 +87,4 @@ rendering: $(STAMP)
 
 clean:  ## Remove caches and build products (keeps .venv; remove that with rm -rf .venv)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
-	find pwm_gym examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find pwm_gym examples benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
