@@ -44,8 +44,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	fi
 	@touch $(STAMP)
 
+# One thread: a second gains a fifth on an idle machine, and on a busy one threads that wait for each other cost
+# ten times that and more.
 demo: $(STAMP) rendering  ## Train PWM on cartpole-swingup, evaluate it, write a plot and a video
-	$(BIN)/python examples/quickstart.py $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(STAMP) rendering commit-checks  ## Run all checks and the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
