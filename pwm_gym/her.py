@@ -36,7 +36,8 @@ class HerSequenceReplayBuffer(_Windows, HerReplayBuffer):
         observation_space: Dict with "observation", "achieved_goal" and "desired_goal"; the goals of one shape.
         action_space: Real action space; actions are stored scaled to [-1, 1].
         env: Env whose `compute_reward(achieved_goals, desired_goals, infos)` takes batches and returns rewards (N,);
-            it has to be given, here or with `set_env`, before anything is relabelled.
+            it has to be given, here or with `set_env`, before anything is relabelled. Any but an `AsyncVectorEnv`,
+            whose envs can't be called one by one; `SubprocVecEnv` can.
         device: Where sampled tensors go.
         n_envs: Envs that are stored side by side.
         optimize_memory_usage: Must be False, as in SB3.
