@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pwm_gym import envs
 from pwm_gym.agents import PWM
+from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
@@ -14,6 +15,7 @@ from pwm_gym.world_model import WorldModel, WorldModelConfig
 __all__ = [
     "PWM",
     "DictSequenceReplayBuffer",
+    "HerSequenceReplayBuffer",
     "LatentObservation",
     "LatentVectorEnv",
     "SequenceReplayBuffer",
