@@ -22,6 +22,7 @@ FLOORS = {
     "functional": 0,
     "networks": 0,
     "serialization": 0,
+    "foreign": 0,
     "world_model": 1,
     "replay": 1,
     "differentiable": 1,
