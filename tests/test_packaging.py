@@ -23,6 +23,8 @@ FLOORS = {
     "networks": 0,
     "serialization": 0,
     "foreign": 0,
+    "progress": 0,
+    "task_sets": 0,
     "world_model": 1,
     "replay": 1,
     "differentiable": 1,
