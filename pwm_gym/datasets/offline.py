@@ -320,10 +320,10 @@ class OfflineDataset:
             FileExistsError: If it exists.
             ValueError: If the dataset is empty.
         """
-        writer = DatasetWriter(path, Layout(self.tasks, self.observation_dims, self.action_dims))
-        for episode in self:
-            writer.append_episode(*episode)
-        writer.finish()
+        with DatasetWriter(path, Layout(self.tasks, self.observation_dims, self.action_dims)) as writer:
+            for episode in self:
+                writer.append_episode(*episode)
+            writer.finish()
 
     @classmethod
     def load(

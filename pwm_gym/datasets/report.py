@@ -8,6 +8,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pwm_gym.serialization import atomic_write
@@ -33,14 +34,15 @@ def _returns_by_task(dataset: OfflineDataset) -> dict[str, tuple[np.ndarray, int
 
 def summary_table(dataset: OfflineDataset) -> Table:
     """Tabulate episodes, steps and quantiles of the return by task; see `OfflineDataset.summary`."""
-    table = Table(title=f"{dataset.num_episodes:,} episodes, {dataset.num_steps:,} steps")
-    table.add_column("task")
-    for heading in ("episodes", "steps", "observations", "actions", *_QUANTILES):
-        table.add_column(heading, justify="right")
+    title = f"{dataset.num_episodes:,} episodes, {dataset.num_steps:,} steps; quantiles are of the return"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("task", no_wrap=True)
+    for heading in ("episodes", "steps", "obs", "act", *_QUANTILES):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, (returns, steps) in _returns_by_task(dataset).items():
         number = dataset.tasks.index(name)
         dims = (str(dataset.observation_dims[number]), str(dataset.action_dims[number]))
-        quantiles = [f"{q:.5g}" for q in np.quantile(returns, list(_QUANTILES.values()))]
+        quantiles = [f"{q:.4g}" for q in np.quantile(returns, list(_QUANTILES.values()))]
         table.add_row(name, f"{len(returns):,}", f"{steps:,}", *dims, *quantiles)
     return table
 

@@ -196,7 +196,7 @@ class DatasetWriter:
 
     The files grow in `.NAME.partial` beside the target. `checkpoint` notes how many rows are safely on disk, with the
     caller's own note of what they came from; a new writer with the same `source` cuts whatever was written after
-    that and goes on from there, so that the result is the same to the byte.
+    that and goes on from there, so that the result is the same to the byte. A context closes the files.
 
     Args:
         path: The folder; it must not exist.
@@ -347,7 +347,13 @@ class DatasetWriter:
         os.replace(self._partial, self.path)
         return self.path
 
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Close the files and leave the folder as it is, to go on later."""
+        """Close the files. Unless `finish` was called, the folder stays as it is, to go on later."""
         for file in self._files.values():
             file.close()

@@ -172,23 +172,37 @@ def import_tdmpc2(
     layout = Layout(kept, *(tuple(dims[name][i] for name in kept) for i in range(2)))
     new_id = np.array([kept.index(name) if name in kept else -1 for name in dims])
     files = [[shard.path.name, shard.path.stat().st_size] for shard in shards]
-    writer = DatasetWriter(out, layout, {"tdmpc2": files, "tasks": list(dims.items())})
-    first_shard, first_episode = writer.note or (0, 0)
-    done = sum(shard.episodes * shard.episode_bytes for shard in shards[:first_shard])
     total = sum(shard.episodes * shard.episode_bytes for shard in shards)
+    with DatasetWriter(out, layout, {"tdmpc2": files, "tasks": list(dims.items())}) as writer:
+        first_shard, first_episode = writer.note or (0, 0)
+        done = sum(shard.episodes * shard.episode_bytes for shard in shards[:first_shard])
+        done += first_episode * shards[0].episode_bytes
+        with show_progress(total, "import", "B", progress_bar, done) as bar:
+            for number in range(first_shard, len(shards)):
+                _import_shard(writer, shards[number], number, first_episode, dims, new_id, bar)
+                first_episode = 0
+        writer.finish()
+
+
+def _import_shard(
+    writer: DatasetWriter,
+    shard: _Shard,
+    number: int,
+    first_episode: int,
+    dims: dict[str, tuple[int, int]],
+    new_id: np.ndarray,
+    bar: Any,
+) -> None:
+    """Append a shard from one of its episodes on, noting from time to time how far it came."""
     unnoted = 0
-    with show_progress(total, "import", "B", progress_bar, done) as bar:
-        for number in range(first_shard, len(shards)):
-            shard = shards[number]
-            for begin, block in shard.blocks(first_episode if number == first_shard else 0):
-                _append(writer, block, new_id[shard.check(begin, block, dims)])
-                size = len(block["obs"]) * shard.episode_bytes
-                bar.update(size)
-                unnoted += size
-                if unnoted >= _CHECKPOINT_BYTES:
-                    writer.checkpoint([number, begin + len(block["obs"])])
-                    unnoted = 0
-    writer.finish()
+    for begin, block in shard.blocks(first_episode):
+        _append(writer, block, new_id[shard.check(begin, block, dims)])
+        size = len(block["obs"]) * shard.episode_bytes
+        bar.update(size)
+        unnoted += size
+        if unnoted >= _CHECKPOINT_BYTES:
+            writer.checkpoint([number, begin + len(block["obs"])])
+            unnoted = 0
 
 
 def _append(writer: DatasetWriter, block: dict[str, np.ndarray], task: np.ndarray) -> None:
