@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pwm_gym import envs
 from pwm_gym.agents import PWM
+from pwm_gym.datasets import OfflineDataset
 from pwm_gym.envs.tasks import tasks
 from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
@@ -19,6 +20,7 @@ __all__ = [
     "HerSequenceReplayBuffer",
     "LatentObservation",
     "LatentVectorEnv",
+    "OfflineDataset",
     "SequenceReplayBuffer",
     "UnsafeFileError",
     "WorldModel",

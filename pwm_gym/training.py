@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
-from pwm_gym.replay import SequenceReplayBuffer
+from pwm_gym.progress import show_progress
+from pwm_gym.replay import WindowSource
 from pwm_gym.world_model import WorldModel
 
 __all__ = [
@@ -154,7 +154,7 @@ def world_model_loss(
 def update_world_model(
     world_model: WorldModel,
     optimizer: torch.optim.Optimizer,
-    replay: SequenceReplayBuffer,
+    replay: WindowSource,
     batch_size: int,
     horizon: int,
     rho: float,
@@ -166,7 +166,7 @@ def update_world_model(
     Args:
         world_model: The model.
         optimizer: Made by `make_model_optimizer`.
-        replay: Where windows come from.
+        replay: Where windows come from: a replay buffer or an `OfflineDataset`.
         batch_size: Windows in a batch.
         horizon: Steps in a window; shorter windows are used as long as no episode is that long.
         rho: Weight of later steps.
@@ -201,7 +201,7 @@ def update_world_model(
 
 def fit_world_model(
     world_model: WorldModel,
-    replay: SequenceReplayBuffer,
+    replay: WindowSource,
     updates: int,
     batch_size: int = 256,
     horizon: int = 5,
@@ -214,7 +214,7 @@ def fit_world_model(
 
     Args:
         world_model: The model, fitted in place.
-        replay: Real experience.
+        replay: Real experience: a replay buffer or an `OfflineDataset`.
         updates: Gradient steps.
         batch_size: Windows in a batch.
         horizon: Steps in a window. The paper uses 16 on large data; on small data a short unroll extracts better.
@@ -233,18 +233,12 @@ def fit_world_model(
         raise ValueError(f"`updates` must be >= 1, got {updates}.")
     optimizer = make_model_optimizer(world_model, learning_rate)
     rng = np.random.default_rng(seed)
-    steps: Any = range(updates)
-    if progress_bar:
-        from tqdm import TqdmExperimentalWarning
-        from tqdm.rich import tqdm
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TqdmExperimentalWarning)
-            steps = tqdm(steps, desc="world model", unit="update")
     history: list[dict[str, Tensor]] = []
-    for step in steps:
-        with fast_matmul(world_model.device):
-            metrics = update_world_model(world_model, optimizer, replay, batch_size, horizon, rho, rng)
-        if step >= updates - max(1, updates // 10):
-            history.append(metrics)
+    with show_progress(updates, "world model", "update", progress_bar) as bar:
+        for step in range(updates):
+            with fast_matmul(world_model.device):
+                metrics = update_world_model(world_model, optimizer, replay, batch_size, horizon, rho, rng)
+            if step >= updates - max(1, updates // 10):
+                history.append(metrics)
+            bar.update()
     return {key: float(torch.stack([m[key] for m in history if key in m]).mean()) for key in history[-1]}
