@@ -77,7 +77,7 @@ def windows(horizon: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tenso
 def test_later_steps_weigh_less_by_rho(horizon: int, rho: float, weights: list[float], batch_size: int) -> None:
     model = make().double()
     observations, actions, rewards, terminated = windows(horizon, batch_size)
-    loss, parts = world_model_loss(model, observations, actions, rewards, terminated, rho)
+    loss, parts, _ = world_model_loss(model, observations, actions, rewards, terminated, rho)
     # The new reward head says the same of everything: ln 101 at every step.
     reward_loss = sum(weights) * math.log(101)
     z, consistency_loss = model.encode(observations[0]), 0.0
@@ -101,7 +101,7 @@ def test_terminations_weigh_the_same_at_every_step() -> None:
     nn.init.constant_(head[-1].bias, math.log(3))
     observations, actions, rewards, terminated = windows(3, 2)
     terminated[2, 0] = True  # one of the 6 steps, the last of its window
-    loss, parts = world_model_loss(model, observations, actions, rewards, terminated, rho=0.01)
+    loss, parts, _ = world_model_loss(model, observations, actions, rewards, terminated, rho=0.01)
     expected = (-math.log(3 / 4) - 5 * math.log(1 / 4)) / 6
     assert parts["termination_loss"].item() == pytest.approx(expected)
     assert loss.item() == pytest.approx(
@@ -113,7 +113,7 @@ def test_consistency_sends_no_gradient_into_its_targets() -> None:
     model = make().double()
     observations, actions, rewards, terminated = windows(3, 2)
     observations.requires_grad_()
-    loss, _ = world_model_loss(model, observations, actions, rewards, terminated, rho=1.0)
+    loss, *_ = world_model_loss(model, observations, actions, rewards, terminated, rho=1.0)
     gradient = torch.autograd.grad(loss, observations)[0]
     assert gradient[0].abs().min() > 0
     assert torch.equal(gradient[1:], torch.zeros_like(gradient[1:]))
@@ -132,7 +132,7 @@ def test_encoder_gradient_is_that_of_finite_differences_with_targets_held_fixed(
     observations, actions, rewards, terminated = windows(3, 2)
     with torch.no_grad():
         targets = model.encode(observations[1:])
-    loss, _ = world_model_loss(model, observations, actions, rewards, terminated, rho=0.5)
+    loss, *_ = world_model_loss(model, observations, actions, rewards, terminated, rho=0.5)
     bias: Any = model.encoder[-1][1].bias  # of the latent's LayerNorm
     gradient = torch.autograd.grad(loss, bias)[0]
 
