@@ -13,7 +13,7 @@ import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
-from pwm_gym.replay import SequenceReplayBuffer
+from pwm_gym.replay import WindowSource
 from pwm_gym.tdmpc2_losses import PlanningLearner
 from pwm_gym.world_model import WorldModel
 
@@ -170,7 +170,7 @@ def world_model_loss(
 def update_world_model(
     world_model: WorldModel,
     optimizer: torch.optim.Optimizer,
-    replay: SequenceReplayBuffer,
+    replay: WindowSource,
     batch_size: int,
     horizon: int,
     rho: float,
@@ -183,7 +183,7 @@ def update_world_model(
     Args:
         world_model: The model.
         optimizer: Made by `make_model_optimizer`.
-        replay: Where windows come from; of several tasks for a multi-task model.
+        replay: Where windows come from: a replay buffer or an `OfflineDataset`, of several tasks for a multi-task model.
         batch_size: Windows in a batch.
         horizon: Steps in a window; shorter windows are used as long as no episode is that long.
         rho: Weight of later steps.
@@ -205,9 +205,9 @@ def update_world_model(
     loss, metrics, latents = world_model_loss(
         world_model,
         observations,
-        windows.actions.to(world_model.dtype),
-        windows.rewards.to(world_model.dtype),
-        windows.terminated,
+        windows.actions.to(world_model.device, world_model.dtype),
+        windows.rewards.to(world_model.device, world_model.dtype),
+        windows.terminated.to(world_model.device),
         rho,
         task,
         planning,
@@ -224,7 +224,7 @@ def update_world_model(
 
 def fit_world_model(
     world_model: WorldModel,
-    replay: SequenceReplayBuffer,
+    replay: WindowSource,
     updates: int,
     batch_size: int = 256,
     horizon: int = 5,
@@ -237,7 +237,7 @@ def fit_world_model(
 
     Args:
         world_model: The model, fitted in place.
-        replay: Real experience.
+        replay: Real experience: a replay buffer or an `OfflineDataset`.
         updates: Gradient steps.
         batch_size: Windows in a batch.
         horizon: Steps in a window. The paper uses 16 on large data; on small data a short unroll extracts better.

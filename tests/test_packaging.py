@@ -26,6 +26,7 @@ FLOORS = {
     "world_model_config": 0,
     "real_spaces": 0,
     "single_task": 0,
+    "foreign": 0,
     "world_model": 1,
     "replay": 1,
     "differentiable": 1,
