@@ -90,7 +90,8 @@ class PlanningLearner:
     ) -> Tensor:
         """Score the values of all members against one temporal-difference target.
 
-            y_t = r_t + γ (1 - end_t) min_{i,j} Q'(z'_t, a'_t),    a'_t ~ π(z'_t),    loss_t = mean_e CE(Q_e(z_t, a_t), y_t)
+            y_t = r_t + γ (1 - end_t) min_{i,j} Q'(z'_t, a'_t),    a'_t ~ π(z'_t)
+            loss_t = mean_e CE(Q_e(z_t, a_t), y_t)
 
         The minimum is over two target members drawn at random; γ is the task's own.
 

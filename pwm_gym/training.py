@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "fit_world_model",
     "frozen",
     "make_model_optimizer",
+    "progress",
     "set_learning_rate",
     "update_world_model",
 ]
@@ -183,7 +184,7 @@ def update_world_model(
     Args:
         world_model: The model.
         optimizer: Made by `make_model_optimizer`.
-        replay: Where windows come from: a replay buffer or an `OfflineDataset`, of several tasks for a multi-task model.
+        replay: Where windows come from: a replay buffer or an `OfflineDataset`, with the model's number of tasks.
         batch_size: Windows in a batch.
         horizon: Steps in a window; shorter windows are used as long as no episode is that long.
         rho: Weight of later steps.
@@ -222,6 +223,24 @@ def update_world_model(
     return metrics
 
 
+def progress(steps: range, description: str, show: bool = True) -> Iterable[int]:
+    """Go through update numbers, with a bar that tells rate and remaining time if `show` is set.
+
+    Args:
+        steps: A range; one that doesn't begin at 0 is that of a resumed run.
+        description: What the bar is of.
+        show: Show it.
+    """
+    if not show:
+        return steps
+    from tqdm import TqdmExperimentalWarning
+    from tqdm.rich import tqdm
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmExperimentalWarning)
+        return tqdm(steps, desc=description, unit="update", initial=steps.start, total=steps.stop)
+
+
 def fit_world_model(
     world_model: WorldModel,
     replay: WindowSource,
@@ -256,16 +275,8 @@ def fit_world_model(
         raise ValueError(f"`updates` must be >= 1, got {updates}.")
     optimizer = make_model_optimizer(world_model, learning_rate)
     rng = np.random.default_rng(seed)
-    steps: Any = range(updates)
-    if progress_bar:
-        from tqdm import TqdmExperimentalWarning
-        from tqdm.rich import tqdm
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TqdmExperimentalWarning)
-            steps = tqdm(steps, desc="world model", unit="update")
     history: list[dict[str, Tensor]] = []
-    for step in steps:
+    for step in progress(range(updates), "world model", progress_bar):
         with fast_matmul(world_model.device):
             metrics = update_world_model(world_model, optimizer, replay, batch_size, horizon, rho, rng)
         if step >= updates - max(1, updates // 10):

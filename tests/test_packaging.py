@@ -37,6 +37,7 @@ FLOORS = {
     "checkpoints": 2,
     "tdmpc2_losses": 2,
     "training": 2,
+    "validation": 2,
     "pretraining": 2,
     "sb3": 3,
     "evaluation": 3,
