@@ -1,5 +1,6 @@
 """Fitting the world model: losses worked by hand, what gets a gradient, and learning a small linear system."""
 
+import copy
 import math
 from typing import Any
 
@@ -10,6 +11,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from pwm_gym import DictSequenceReplayBuffer, SequenceReplayBuffer, WorldModel, WorldModelConfig, fit_world_model
+from pwm_gym.functional import two_hot_cross_entropy
+from pwm_gym.tdmpc2_losses import PlanningLearner, episode_discount
 from pwm_gym.training import (
     fast_matmul,
     frozen,
@@ -161,6 +164,111 @@ def test_each_window_can_have_a_task_of_its_own() -> None:
     first = world_model_loss(model, *(x[:, :1] for x in batch), 0.5, 1)[0]
     second = world_model_loss(model, *(x[:, 1:] for x in batch), 0.5, 0)[0]
     torch.testing.assert_close(together, (first + second) / 2)
+
+
+# Values and policy prior
+
+
+def plannable(**config: Any) -> Any:
+    """A model with all heads, in float64, whose values are not all 0."""
+    model = make(num_q=3, policy_prior=True, **config)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in model.value.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return model.double().eval()
+
+
+def test_discount_grows_with_the_length_of_an_episode() -> None:
+    assert [episode_discount(length) for length in (5, 100, 250, 500, 1000, 2000)] == [
+        0.95,
+        0.95,
+        0.98,
+        0.99,
+        0.995,
+        0.995,
+    ]
+
+
+def test_value_loss_is_the_cross_entropy_to_the_one_step_target() -> None:
+    model = plannable(num_tasks=2, task_dim=4, discounts=(0.5, 0.9))
+    _, actions, rewards, terminated = windows(3, 2)
+    terminated[2, 0] = True
+    task, rng = torch.tensor([0, 1]), torch.Generator().manual_seed(0)
+    latents, following = torch.rand(2, 3, 2, 16, generator=rng, dtype=torch.float64)
+    loss = PlanningLearner(model, seed=5).value_loss(latents, actions, rewards, terminated, following, task)
+    with torch.no_grad():
+        again = torch.Generator().manual_seed(5)
+        next_actions = model.prior(following, task, again).actions
+        bootstrap = model.q(following, next_actions, task, "min", target=True, generator=again)
+        goes_on = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+        target = rewards + torch.tensor([0.5, 0.9], dtype=torch.float64) * goes_on * bootstrap
+        logits = model.q_logits(latents, actions, task)
+        members = [two_hot_cross_entropy(x, target, model.config.vmin, model.config.vmax).mean(1) for x in logits]
+    assert loss.shape == (3,)
+    torch.testing.assert_close(loss, torch.stack(members).mean(0))
+
+
+def test_values_add_a_tenth_of_their_discounted_loss() -> None:
+    model, batch = plannable(), windows(3, 2)
+    alone, parts, latents = world_model_loss(model, *batch, 0.5)
+    total, more, _ = world_model_loss(model, *batch, 0.5, planning=PlanningLearner(model, seed=1))
+    targets = model.encode(batch[0][1:])
+    steps = PlanningLearner(model, seed=1).value_loss(latents[:-1], *batch[1:], targets)
+    expected = (steps[0] + steps[1] / 2 + steps[2] / 4) / 3
+    assert more["value_loss"].item() == pytest.approx(expected.item())
+    assert total.item() == pytest.approx(alone.item() + 0.1 * expected.item())
+    assert parts.keys() | {"value_loss"} == more.keys()
+
+
+def test_prior_climbs_the_values_and_nothing_else_changes_but_the_targets() -> None:
+    model = plannable()
+    learner = PlanningLearner(model, learning_rate=1e-2, entropy_coef=0.0, tau=0.5)
+    latents = torch.rand(2, 64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def value() -> float:
+        with torch.no_grad():
+            return model.q(latents, model.prior(latents, None, torch.Generator().manual_seed(0)).mean).mean().item()
+
+    first = value()
+    for _ in range(50):
+        learner.update_prior(latents, rho=1.0)
+    assert value() > first + 0.01
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name]) == (not name.startswith(("policy_prior", "value.target"))), name
+
+
+def test_scale_follows_the_spread_of_the_first_steps_values() -> None:
+    model = plannable()
+    learner = PlanningLearner(model, tau=0.25)
+    latents = torch.rand(2, 64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    learner.update_prior(latents, 1.0)
+    assert learner.scale.item() == 1.0  # a spread below 1 counts as 1
+    with torch.no_grad():
+        for parameter in model.value.online.parameters():
+            parameter.mul_(4.0)
+    state = copy.deepcopy(learner.state_dict())
+    learner.update_prior(latents, 1.0)
+    assert learner.scale.item() > 1.0
+    other = PlanningLearner(model, tau=0.25)
+    other.load_state_dict(state)
+    assert other.scale.item() == 1.0
+    assert torch.equal(other._generator.get_state(), state["generator"])
+
+
+def test_planning_needs_a_model_that_has_the_heads() -> None:
+    with pytest.raises(ValueError, match="expected a world model with value ensemble and policy prior"):
+        PlanningLearner(make(num_q=2))
+
+
+def test_model_optimizer_leaves_prior_and_targets_alone() -> None:
+    model = plannable()
+    ours = {id(p) for group in make_model_optimizer(model, 1e-3).param_groups for p in group["params"]}
+    assert {n for n, p in model.named_parameters() if id(p) not in ours} == {
+        name for name, _ in model.named_parameters() if name.startswith(("value.target", "policy_prior"))
+    }
 
 
 # Small tools
