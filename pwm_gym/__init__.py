@@ -8,6 +8,7 @@ from pwm_gym.datasets import OfflineDataset
 from pwm_gym.envs.tasks import tasks
 from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
+from pwm_gym.pretraining import pretrain
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
 from pwm_gym.serialization import UnsafeFileError
@@ -27,6 +28,7 @@ __all__ = [
     "WorldModelConfig",
     "as_sb3_vec_env",
     "fit_world_model",
+    "pretrain",
     "tasks",
 ]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ACTIVATIONS", "EnsembleMLP", "Mish", "NormedLinear", "SimNorm", "mlp"]
+__all__ = ["ACTIVATIONS", "EnsembleMLP", "Mish", "NormedEnsemble", "NormedLinear", "SimNorm", "mlp"]
 
 
 class _MishFunction(torch.autograd.Function):
@@ -190,3 +190,47 @@ class EnsembleMLP(nn.Sequential):
         """Evaluate all members on (..., in) and return (E, ...)."""
         flat = x.reshape(-1, x.shape[-1]).expand(self.ensemble, -1, -1)  # (E, N, in)
         return super().forward(flat).reshape(self.ensemble, *x.shape[:-1])
+
+
+class NormedEnsemble(nn.Sequential):
+    """E independent MLPs of `NormedLinear` blocks on one input, with dropout in the first block: TD-MPC2's values.
+
+    Args:
+        ensemble: Number of members E.
+        in_features: Width of the input.
+        hidden: Widths of the hidden layers.
+        out_features: Width of the plain linear output.
+        activation: Makes the hidden activations.
+        dropout: Probability of dropping an output of the first linear map, in training mode.
+
+    Example:
+        >>> NormedEnsemble(5, 8, [16], 101, nn.Mish)(torch.zeros(3, 8)).shape
+        torch.Size([5, 3, 101])
+    """
+
+    def __init__(
+        self,
+        ensemble: int,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: int,
+        activation: Callable[[], nn.Module],
+        dropout: float = 0.0,
+    ) -> None:
+        layers: list[nn.Module] = []
+        width = in_features
+        for i, features in enumerate(hidden):
+            linear, norm = _EnsembleLinear(ensemble, width, features), _EnsembleLayerNorm(ensemble, features)
+            layers.append(nn.Sequential(linear, nn.Dropout(0.0 if i else dropout), norm, activation()))
+            width = features
+        super().__init__(*layers, _EnsembleLinear(ensemble, width, out_features))
+        self.ensemble = ensemble
+
+    def linear_weights(self) -> list[nn.Parameter]:
+        """List the weights of the linear maps, (E, in, out) each, from the input to the output."""
+        return [module.weight for module in self.modules() if isinstance(module, _EnsembleLinear)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate all members on (..., in) and return (E, ..., out)."""
+        flat = x.reshape(-1, x.shape[-1]).expand(self.ensemble, -1, -1)  # (E, N, in)
+        return super().forward(flat).reshape(self.ensemble, *x.shape[:-1], -1)
