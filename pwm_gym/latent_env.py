@@ -53,7 +53,8 @@ class LatentVectorEnv(DifferentiableVectorEnv):
             by its probability, "none" never (`continue_prob` alone tells of it).
         termination_threshold: Probability above which "threshold" terminates.
         latents: Latents to start from, (N, Z), array or tensor, sampled uniformly; instead of `start`.
-        task: Index of the task for a multi-task model; None for a single-task one.
+        task: Name or index of the task for a multi-task model, whose single-task form the env then holds
+            (`WorldModel.for_task`); None for a single-task one. Starts may be padded as the multi-task model's.
         render_mode: "rgb_array" or None.
         render_env: A registered pwm_gym/<task>-v0 env with render_mode="rgb_array", in which `render` replays the
             imagined actions from the start's physics state. The start must know it: a real env does, a replay buffer
@@ -89,7 +90,7 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         termination: str = "threshold",
         termination_threshold: float = 0.5,
         latents: Tensor | np.ndarray | None = None,
-        task: int | None = None,
+        task: int | str | None = None,
         render_mode: str | None = None,
         render_env: gym.Env | None = None,
         render_frames: tuple[Any, np.ndarray] | None = None,
@@ -115,12 +116,9 @@ class LatentVectorEnv(DifferentiableVectorEnv):
                     f"`latents` must have shape (N, {world_model.config.latent_dim}) with N >= 1, got "
                     f"{tuple(latents.shape)}."
                 )
-        num_tasks = world_model.config.num_tasks
-        if (task is None) != (num_tasks == 0) or (task is not None and not 0 <= task < num_tasks):
-            expected = f"in 0..{num_tasks - 1}: this world model is multi-task" if num_tasks else "None"
-            raise ValueError(f"`task` must be {expected}, got {task}.")
-
-        self.world_model, self.horizon, self.task = world_model, horizon, task
+        self._padded_dim = world_model.config.observation_dim
+        world_model = world_model.for_task(task)
+        self.world_model, self.horizon = world_model, horizon
         self.num_envs = num_envs
         self.termination, self.termination_threshold = termination, termination_threshold
         self.render_mode = render_mode
@@ -201,9 +199,9 @@ class LatentVectorEnv(DifferentiableVectorEnv):
             latents = _as_tensor(options["latents"]).to(self.device, self.world_model.dtype)
             return self._check_start(latents, "latents", self.world_model.config.latent_dim)[rows], states
         if options.get("observations") is not None:
-            observations = self.world_model.preprocess(options["observations"])
+            observations = self._preprocess(options["observations"])
             self._check_start(observations, "observations", self.world_model.config.observation_dim)
-            return self._model.encode(observations[rows], self.task), states
+            return self._model.encode(observations[rows]), states
         if self._start_latents is not None:
             index = torch.from_numpy(self.np_random.integers(len(self._start_latents), size=len(rows)))
             return self._start_latents[index].to(self.device, self.world_model.dtype), None
@@ -213,10 +211,17 @@ class LatentVectorEnv(DifferentiableVectorEnv):
                 "reset(options={'observations': ...})."
             )
         starts: Starts = self._sampler(len(rows), self.np_random)
-        observations = self.world_model.preprocess(starts.observations)
+        observations = self._preprocess(starts.observations)
         if len(observations) != len(rows):
             raise ValueError(f"expected {len(rows)} starts from the start sampler, got {len(observations)}.")
-        return self._model.encode(observations, self.task), starts.physics_state
+        return self._model.encode(observations), starts.physics_state
+
+    def _preprocess(self, observations: Any) -> Tensor:
+        """Preprocess the task's real observations, or such with a multi-task model's padding: (N, O)."""
+        own = self.world_model.config.observation_dim
+        if own < self._padded_dim and np.shape(observations)[1:] == (self._padded_dim,):
+            observations = observations[:, :own]
+        return self.world_model.preprocess(observations)
 
     def _check_start(self, given: Any, name: str, width: int | None) -> Any:
         if given.ndim != 2 or len(given) != self.num_envs or width not in (None, given.shape[1]):
@@ -318,8 +323,8 @@ class LatentVectorEnv(DifferentiableVectorEnv):
                 f"reset(options={{'reset_mask': terminated | truncated}}) first, or use another autoreset_mode."
             )
         unit_actions = self._scale(self._check_actions(actions))  # (B, A)
-        next_z, rewards = self._model(z, unit_actions, self.task)  # (B, Z), (B,)
-        end_prob = self.world_model.termination(next_z, self.task)  # (B,)
+        next_z, rewards = self._model(z, unit_actions)  # (B, Z), (B,)
+        end_prob = self.world_model.termination(next_z)  # (B,)
         if self._replay is not None:
             self._replay.record(actions)
 
@@ -391,7 +396,7 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         if self._replay is not None:
             return tuple(self._replay.frame(i) for i in chosen)
         if self._nearest is not None:
-            return tuple(self._nearest.frames(z.detach()[chosen], self.world_model, self.task))
+            return tuple(self._nearest.frames(z.detach()[chosen], self.world_model))
         raise ValueError(
             "a latent has no picture of its own. Give render_env=gym.make('pwm_gym/<task>-v0', "
             "render_mode='rgb_array') with starts that know their physics state, or render_frames=(observations, "

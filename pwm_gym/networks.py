@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ACTIVATIONS", "EnsembleMLP", "Mish", "NormedLinear", "SimNorm", "mlp"]
+__all__ = [
+    "ACTIVATIONS",
+    "EnsembleLayerNorm",
+    "EnsembleLinear",
+    "EnsembleMLP",
+    "Mish",
+    "NormedEnsemble",
+    "NormedLinear",
+    "SimNorm",
+    "mlp",
+]
 
 
 class _MishFunction(torch.autograd.Function):
@@ -132,7 +142,7 @@ def mlp(
     return nn.Sequential(*layers)
 
 
-class _EnsembleLinear(nn.Module):
+class EnsembleLinear(nn.Module):
     """E independent linear maps in one batched product: (E, N, in) -> (E, N, out)."""
 
     def __init__(self, ensemble: int, in_features: int, out_features: int) -> None:
@@ -146,7 +156,7 @@ class _EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-class _EnsembleLayerNorm(nn.Module):
+class EnsembleLayerNorm(nn.Module):
     """LayerNorm over the last axis with scale and shift of its own for each member: (E, N, F) -> (E, N, F)."""
 
     def __init__(self, ensemble: int, features: int) -> None:
@@ -181,12 +191,56 @@ class EnsembleMLP(nn.Sequential):
         layers: list[nn.Module] = []
         width = in_features
         for features in hidden:
-            layers += [_EnsembleLinear(ensemble, width, features), activation(), _EnsembleLayerNorm(ensemble, features)]
+            layers += [EnsembleLinear(ensemble, width, features), activation(), EnsembleLayerNorm(ensemble, features)]
             width = features
-        super().__init__(*layers, _EnsembleLinear(ensemble, width, 1))
+        super().__init__(*layers, EnsembleLinear(ensemble, width, 1))
         self.ensemble = ensemble
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate all members on (..., in) and return (E, ...)."""
         flat = x.reshape(-1, x.shape[-1]).expand(self.ensemble, -1, -1)  # (E, N, in)
         return super().forward(flat).reshape(self.ensemble, *x.shape[:-1])
+
+
+class NormedEnsemble(nn.Sequential):
+    """E independent MLPs of `NormedLinear` blocks on one input, with dropout in the first block: TD-MPC2's values.
+
+    Args:
+        ensemble: Number of members E.
+        in_features: Width of the input.
+        hidden: Widths of the hidden layers.
+        out_features: Width of the plain linear output.
+        activation: Makes the hidden activations.
+        dropout: Probability of dropping an output of the first linear map, in training mode.
+
+    Example:
+        >>> NormedEnsemble(5, 8, [16], 101, nn.Mish)(torch.zeros(3, 8)).shape
+        torch.Size([5, 3, 101])
+    """
+
+    def __init__(
+        self,
+        ensemble: int,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: int,
+        activation: Callable[[], nn.Module],
+        dropout: float = 0.0,
+    ) -> None:
+        layers: list[nn.Module] = []
+        width = in_features
+        for i, features in enumerate(hidden):
+            linear, norm = EnsembleLinear(ensemble, width, features), EnsembleLayerNorm(ensemble, features)
+            layers.append(nn.Sequential(linear, nn.Dropout(0.0 if i else dropout), norm, activation()))
+            width = features
+        super().__init__(*layers, EnsembleLinear(ensemble, width, out_features))
+        self.ensemble = ensemble
+
+    def linear_weights(self) -> list[nn.Parameter]:
+        """List the weights of the linear maps, (E, in, out) each, from the input to the output."""
+        return [module.weight for module in self.modules() if isinstance(module, EnsembleLinear)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate all members on (..., in) and return (E, ..., out)."""
+        flat = x.reshape(-1, x.shape[-1]).expand(self.ensemble, -1, -1)  # (E, N, in)
+        return super().forward(flat).reshape(self.ensemble, *x.shape[:-1], -1)

@@ -105,9 +105,9 @@ class NearestFrame:
         self._observations, self._frames = observations, frames
 
     @torch.no_grad()
-    def frames(self, z: Tensor, world_model: WorldModel, task: int | None) -> list[np.ndarray]:
+    def frames(self, z: Tensor, world_model: WorldModel) -> list[np.ndarray]:
         """Find the frames nearest to the latents z, (N, Z); encoded anew each time, as the model may learn."""
-        stored = world_model.encode(world_model.preprocess(self._observations), task)
+        stored = world_model.encode(world_model.preprocess(self._observations))
         # By differences: the faster way through products can't tell near latents apart.
         distances = torch.cdist(z, stored, compute_mode="donot_use_mm_for_euclid_dist")  # (N, stored)
         return [np.array(self._frames[i]) for i in distances.argmin(-1).tolist()]

@@ -379,7 +379,8 @@ class LatentObservation(gym.ObservationWrapper):
     Args:
         env: The real env. Its actions stay as they are.
         world_model: The model whose `encode` the policy was trained on. Read, never changed.
-        task: Index of the env's task for a multi-task model; None for a single-task one.
+        task: Name or index of the env's task for a multi-task model, whose single-task form the wrapper then holds
+            (`WorldModel.for_task`); None for a single-task one.
 
     Raises:
         ValueError: If the observation or action space of `env` is not the one that the model
@@ -395,8 +396,9 @@ class LatentObservation(gym.ObservationWrapper):
         True
     """
 
-    def __init__(self, env: gym.Env, world_model: WorldModel, task: int | None = None) -> None:
+    def __init__(self, env: gym.Env, world_model: WorldModel, task: int | str | None = None) -> None:
         super().__init__(env)
+        world_model = world_model.for_task(task)
         expected, got = world_model.observation_space, env.observation_space
         if _shapes(got) != _shapes(expected):
             raise ValueError(
@@ -409,7 +411,7 @@ class LatentObservation(gym.ObservationWrapper):
                 f"{env.action_space}. Use an env of the task that the model was fitted on, or "
                 "gymnasium.wrappers.RescaleAction(env, low, high) if only the bounds differ."
             )
-        self.world_model, self.task = world_model, task
+        self.world_model = world_model
         self.observation_space = world_model.latent_space
 
     def observation(self, observation: Any) -> npt.NDArray[np.float32]:
@@ -426,7 +428,7 @@ class LatentObservation(gym.ObservationWrapper):
         else:
             batch = np.asarray(observation)[None]  # (1, O)
         with torch.no_grad():
-            latents = self.world_model.encode(self.world_model.preprocess(batch), self.task)  # (1, Z)
+            latents = self.world_model.encode(self.world_model.preprocess(batch))  # (1, Z)
         return latents[0].cpu().numpy().astype(np.float32)
 
 

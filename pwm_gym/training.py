@@ -77,6 +77,8 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 def make_model_optimizer(world_model: WorldModel, learning_rate: float, **kwargs: Any) -> torch.optim.Adam:
     """Make the model's Adam: encoder and features extractor learn at 0.3 of the rate of the rest, as in TD-MPC2.
 
+    A policy prior is left out: it has a loss and an optimizer of its own (`tdmpc2_losses.PlanningLearner`).
+
     Args:
         world_model: The model.
         learning_rate: Rate of all parts but the encoder.
@@ -85,7 +87,12 @@ def make_model_optimizer(world_model: WorldModel, learning_rate: float, **kwargs
     encoder = list(world_model.encoder.parameters())
     if world_model.features_extractor is not None:
         encoder += world_model.features_extractor.parameters()
-    ids = {id(p) for p in encoder}
+    elsewhere: list[nn.Parameter] = []
+    if world_model.value is not None:
+        elsewhere += world_model.value.target.parameters()
+    if world_model.policy_prior is not None:
+        elsewhere += world_model.policy_prior.parameters()
+    ids = {id(p) for p in [*encoder, *elsewhere]}
     rest = [p for p in world_model.parameters() if id(p) not in ids]
     groups = [{"params": encoder, "lr_scale": ENCODER_LR_SCALE}, {"params": rest, "lr_scale": 1.0}]
     optimizer = torch.optim.Adam(groups, lr=learning_rate, fused=True, **kwargs)

@@ -1,4 +1,4 @@
-"""The world model of TD-MPC2 and PWM: encoder, latent dynamics, reward and termination."""
+"""The world model of TD-MPC2 and PWM: encoder, latent dynamics, reward, termination, value and policy prior."""
 
 from __future__ import annotations
 
@@ -10,110 +10,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from pwm_gym.functional import two_hot_cross_entropy, two_hot_decode
 from pwm_gym.networks import ACTIVATIONS, SimNorm, mlp
+from pwm_gym.planning_heads import PolicyPrior, PriorSample, ValueEnsemble
+from pwm_gym.real_spaces import check_spaces, flatten_observations, leading, unbounded
 from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
+from pwm_gym.single_task import fold_task
+from pwm_gym.world_model_config import PRESETS, WorldModelConfig
 
 __all__ = ["PRESETS", "WorldModel", "WorldModelConfig"]
 
-# Sizes of TD-MPC2 (arXiv:2310.16828, table 8), named after its total parameter count at 80 tasks.
-PRESETS: dict[str, dict[str, int]] = {
-    "1M": {"latent_dim": 128, "encoder_dim": 256, "encoder_layers": 1, "mlp_dim": 384},
-    "5M": {"latent_dim": 512, "encoder_dim": 256, "encoder_layers": 1, "mlp_dim": 512},
-    "19M": {"latent_dim": 768, "encoder_dim": 1024, "encoder_layers": 2, "mlp_dim": 1024},
-    "48M": {"latent_dim": 768, "encoder_dim": 1792, "encoder_layers": 3, "mlp_dim": 1792},
-    "317M": {"latent_dim": 1376, "encoder_dim": 4096, "encoder_layers": 4, "mlp_dim": 4096},
-}
-_REGULARIZERS = ("simnorm", "none", "spectral_norm")
 _FORMAT = "pwm_gym.world_model/1"
-
-
-@dataclasses.dataclass(frozen=True)
-class WorldModelConfig:
-    """Everything that fixes a world model's shape and arithmetic; it travels in every checkpoint.
-
-    Example:
-        >>> WorldModelConfig.preset("5M", observation_dim=24, action_dim=6).latent_dim
-        512
-    """
-
-    observation_dim: int  # O, width of a preprocessed observation
-    action_dim: int  # A
-    latent_dim: int = 512  # Z
-    encoder_dim: int = 256  # width of the encoder's hidden layers
-    encoder_layers: int = 1  # hidden layers of the encoder
-    mlp_dim: int = 512  # width of the two hidden layers of dynamics, reward and termination
-    num_tasks: int = 0  # 0: one task and no task embedding
-    task_dim: int = 96  # width of the task embedding where there is one
-    regularizer: str = "simnorm"  # of the latent: "simnorm", "none", or "spectral_norm" on encoder and dynamics
-    simnorm_dim: int = 8  # features in a SimNorm group
-    activation: str = "mish"  # of hidden layers, and of the latent without SimNorm: "mish" or "relu"
-    num_bins: int = 101  # bins of the reward's categorical
-    vmin: float = -10.0  # lowest bin, in symlog units
-    vmax: float = 10.0  # highest bin, in symlog units
-    reward_in_task_units: bool = True  # False: PWM's released code, which maximises the expectation in bin space
-    termination_head: bool = True  # predict the end of episodes
-
-    def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            ValueError: If a field is outside its range.
-        """
-        for name in ("observation_dim", "action_dim", "latent_dim", "encoder_dim", "mlp_dim", "simnorm_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
-        if self.encoder_layers < 0 or self.num_tasks < 0 or self.task_dim < 1:
-            raise ValueError("`encoder_layers` and `num_tasks` must be >= 0 and `task_dim` >= 1.")
-        if self.regularizer not in _REGULARIZERS:
-            raise ValueError(f"`regularizer` must be one of {_REGULARIZERS}, got {self.regularizer!r}.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"`activation` must be one of {tuple(ACTIVATIONS)}, got {self.activation!r}.")
-        if self.regularizer == "simnorm" and self.latent_dim % self.simnorm_dim:
-            raise ValueError(
-                f"`latent_dim` must be a multiple of `simnorm_dim`, got {self.latent_dim} and {self.simnorm_dim}."
-            )
-        if self.num_bins < 2 or self.vmin >= self.vmax:
-            raise ValueError(f"expected num_bins >= 2 and vmin < vmax, got {self.num_bins}, {self.vmin}, {self.vmax}.")
-
-    @classmethod
-    def preset(cls, size: str, *, observation_dim: int, action_dim: int, **overrides: Any) -> Self:
-        """Make the configuration of a published size.
-
-        Args:
-            size: "1M", "5M", "19M", "48M" or "317M".
-            observation_dim: Width of a preprocessed observation.
-            action_dim: Width of an action.
-            **overrides: Any other field of this class.
-
-        Raises:
-            ValueError: If the size is unknown.
-        """
-        if size not in PRESETS:
-            raise ValueError(f"`size` must be one of {tuple(PRESETS)}, got {size!r}.")
-        return cls(**{"observation_dim": observation_dim, "action_dim": action_dim, **PRESETS[size], **overrides})
-
-    @property
-    def conditioning_dim(self) -> int:
-        """Width of what every part is conditioned on beside its input: the task embedding, or 0."""
-        return self.task_dim if self.num_tasks else 0
-
-
-def _unbounded(shape: tuple[int, ...]) -> spaces.Box:
-    limit = float(np.finfo(np.float32).max)
-    return spaces.Box(-limit, limit, shape, np.float32)
+_NO_HEADS = "Make one with WorldModelConfig.preset(..., planning=True)."
 
 
 class WorldModel(nn.Module):
     """A latent world model: z = h(o), z' = d(z, a), r = R(z, a) and p(end) = T(z').
 
-    TD-MPC2 (arXiv:2310.16828, eq. 1 and 2) without its value and policy prior, which PWM (arXiv:2407.02466) does not
-    use. It carries the real observation and action spaces it was made for. Actions are in [-1, 1] here: agents and
-    envs scale them from and to the action space.
+    TD-MPC2 (arXiv:2310.16828, eq. 1 and 2). Its value ensemble Q(z, a) and policy prior, which PWM (arXiv:2407.02466)
+    does not use, are there where the config says so. The model carries the real observation and action spaces it was
+    made for. Actions are in [-1, 1] here: agents and envs scale them from and to the action space.
+
+    A multi-task model takes observations and actions padded with zeros; what stands in the padding of an action has
+    no effect. `for_task` gives the single-task model of one of its tasks, without padding.
 
     Args:
         config: Shapes and arithmetic.
@@ -142,9 +64,9 @@ class WorldModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.observation_space = observation_space or _unbounded((config.observation_dim,))
+        self.observation_space = observation_space or unbounded((config.observation_dim,))
         self.action_space: Any = action_space or spaces.Box(-1.0, 1.0, (config.action_dim,), np.float32)
-        self._check_spaces(features_extractor)
+        check_spaces(config, self.observation_space, self.action_space, features_extractor)
 
         activation = ACTIVATIONS[config.activation]
         spectral = config.regularizer == "spectral_norm"
@@ -165,7 +87,20 @@ class WorldModel(nn.Module):
         self.termination_head = (
             mlp(config.latent_dim + config.conditioning_dim, hidden, 1, activation) if config.termination_head else None
         )
+        self.value = (
+            ValueEnsemble(config.num_q, pair, hidden, config.num_bins, activation, config.dropout)
+            if config.num_q
+            else None
+        )
+        self.policy_prior = (
+            PolicyPrior(config.latent_dim + config.conditioning_dim, hidden, config.action_dim, activation)
+            if config.policy_prior
+            else None
+        )
         self.task_embedding = nn.Embedding(config.num_tasks, config.task_dim) if config.num_tasks else None
+        self.action_masks: Tensor | None
+        masks = [[float(i < own) for i in range(config.action_dim)] for own in config.action_dims]
+        self.register_buffer("action_masks", torch.tensor(masks) if masks else None, persistent=False)
         self.bins: Tensor
         self.register_buffer("bins", torch.linspace(config.vmin, config.vmax, config.num_bins), persistent=False)
         # 1 once the termination head was shown the end of an episode, a float because SB3 expects floating state.
@@ -189,46 +124,10 @@ class WorldModel(nn.Module):
             nn.init.zeros_(module.bias)
         last: Any = self.reward_head[-1]
         nn.init.zeros_(last.weight)
+        if self.value is not None:
+            self.value.initialise()
         if self.task_embedding is not None:
             nn.init.uniform_(self.task_embedding.weight, -0.02, 0.02)
-
-    def _check_spaces(self, features_extractor: BaseFeaturesExtractor | None) -> None:
-        for space in (
-            self.observation_space.spaces.values()
-            if isinstance(self.observation_space, spaces.Dict)
-            else [self.observation_space]
-        ):
-            if is_image_space(space, check_channels=False):
-                raise TypeError(
-                    f"expected vector observations, got an image space {space}. World models of pixels are not "
-                    f"supported: give proprioceptive observations or a vector of features."
-                )
-            vector = not isinstance(space, spaces.MultiDiscrete) or space.nvec.ndim == 1
-            if not vector or not isinstance(
-                space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
-            ):
-                raise TypeError(
-                    f"expected Box, Discrete, MultiDiscrete, MultiBinary or a flat Dict of them, got {space}."
-                )
-        if not isinstance(self.action_space, spaces.Box):
-            raise TypeError(
-                f"expected a Box action space, got {self.action_space}. First-order gradients need continuous actions."
-            )
-        if not np.all(np.isfinite([self.action_space.low, self.action_space.high])):
-            raise ValueError(
-                f"expected finite action bounds, got {self.action_space}. Wrap the env in RescaleAction(env, -1, 1)."
-            )
-        width = features_extractor.features_dim if features_extractor else spaces.flatdim(self.observation_space)
-        if self.config.observation_dim != width:
-            raise ValueError(
-                f"expected a space, or a features_extractor, of observation_dim {self.config.observation_dim} as in "
-                f"the config, got one of {width}."
-            )
-        if self.config.action_dim != spaces.flatdim(self.action_space):
-            raise ValueError(
-                f"expected a space of action_dim {self.config.action_dim} as in the config, got one of "
-                f"{spaces.flatdim(self.action_space)}."
-            )
 
     @property
     def device(self) -> torch.device:
@@ -245,7 +144,7 @@ class WorldModel(nn.Module):
         """Space of one latent, (Z,): [0, 1] with SimNorm, the finite float32 range without."""
         if self.config.regularizer == "simnorm":
             return spaces.Box(0.0, 1.0, (self.config.latent_dim,), np.float32)
-        return _unbounded((self.config.latent_dim,))
+        return unbounded((self.config.latent_dim,))
 
     def preprocess(self, observations: Any) -> Tensor:
         """Turn a batch of real observations into the encoder's input.
@@ -262,51 +161,45 @@ class WorldModel(nn.Module):
         Raises:
             ValueError: If the observations don't have the observation space's shape.
         """
-        space = self.observation_space
-        if isinstance(observations, dict) != isinstance(space, spaces.Dict):
-            raise ValueError(f"expected observations of {space}, got {type(observations).__name__}.")
-        if isinstance(space, spaces.Dict):
-            missing = [key for key in space.spaces if key not in observations]
-            if missing:
-                raise ValueError(f"expected observations with the keys of {space}, got none for {missing}.")
-            parts: Any = {key: self._entry(observations[key], part) for key, part in space.spaces.items()}
-        else:
-            parts = self._entry(observations, space)
+        keep_shape = self.features_extractor is not None
+        parts = flatten_observations(observations, self.observation_space, self.device, self.dtype, keep_shape)
         if self.features_extractor is not None:
             return self.features_extractor(parts)
         return torch.cat(list(parts.values()), -1) if isinstance(parts, dict) else parts
 
-    def _entry(self, observations: Any, space: spaces.Space) -> Tensor:
-        """Turn one entry into numbers and flatten it, unless a features extractor wants its shape: (B, ...)."""
-        if isinstance(observations, np.ndarray) and not observations.flags.writeable:
-            observations = observations.copy()  # torch warns of read-only arrays
-        tensor = torch.as_tensor(observations, device=self.device)
-        column = isinstance(space, spaces.Discrete) and tensor.shape[1:] == (1,)  # as SB3 stores them
-        if tensor.ndim == 0 or not (column or tuple(tensor.shape[1:]) == space.shape):
-            shape = ", ".join(["B", *map(str, space.shape or ())])
-            raise ValueError(
-                f"expected observations of shape ({shape}), got {tuple(tensor.shape)}. The model was fitted on "
-                f"{self.observation_space}."
-            )
-        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-            first = torch.as_tensor(space.start, device=self.device)
-            tensor = preprocess_obs(tensor - first, space, normalize_images=False)  # type: ignore[assignment]
-        has_shape = self.features_extractor is not None and isinstance(space, spaces.Box | spaces.MultiBinary)
-        shape_out = tensor.shape[1:] if has_shape else (spaces.flatdim(space),)
-        return tensor.reshape(len(tensor), *shape_out).to(self.dtype)
-
     def _condition(self, x: Tensor, task: int | Tensor | None) -> Tensor:
-        """Append the task embedding, scaled back to norm 1 where it is longer (TD-MPC2's max_norm)."""
+        """Append the task embedding."""
         if self.task_embedding is None:
             if task is not None:
                 raise ValueError("expected task=None, got a task: this world model was made for a single task.")
             return x
         if task is None:
             raise ValueError(f"expected `task` in 0..{self.config.num_tasks - 1}: this world model is multi-task.")
-        index = torch.as_tensor(task, device=self.device)
-        embedding = self.task_embedding(index)
-        embedding = embedding / embedding.norm(dim=-1, keepdim=True).clamp(min=1.0)
-        return torch.cat([x, embedding.expand(*x.shape[:-1], -1)], -1)
+        return torch.cat([x, self._embedding(task).expand(*x.shape[:-1], -1)], -1)
+
+    def _embedding(self, task: int | Tensor) -> Tensor:
+        """Look up embeddings, (..., E), scaled back to norm 1 where they are longer (TD-MPC2's max_norm)."""
+        assert self.task_embedding is not None
+        embedding = self.task_embedding(torch.as_tensor(task, device=self.device))
+        return embedding / embedding.norm(dim=-1, keepdim=True).clamp(min=1.0)
+
+    def action_mask(self, task: int | Tensor | None = None) -> Tensor:
+        """Tell a task's own action dimensions, 1, from padding, 0.
+
+        Args:
+            task: As in `encode`.
+
+        Returns:
+            (A,), or (..., A) for several tasks.
+        """
+        if self.action_masks is None or task is None:
+            return torch.ones(self.config.action_dim, dtype=self.dtype, device=self.device)
+        return self.action_masks[torch.as_tensor(task, device=self.device)]
+
+    def discount(self, task: int | Tensor | None = None) -> Tensor:
+        """Give γ of a task's values, () or (...) for several tasks."""
+        discounts = torch.tensor(self.config.all_discounts, dtype=self.dtype, device=self.device)
+        return discounts[0] if task is None else discounts[torch.as_tensor(task, device=self.device)]
 
     def encode(self, observations: Tensor, task: int | Tensor | None = None) -> Tensor:
         """Encode preprocessed observations, z = h(o).
@@ -321,6 +214,8 @@ class WorldModel(nn.Module):
         return self.encoder(self._condition(observations, task))
 
     def _pair(self, z: Tensor, actions: Tensor, task: int | Tensor | None) -> Tensor:
+        if self.action_masks is not None:
+            actions = actions * self.action_mask(task)
         return torch.cat([self._condition(z, task), actions], -1)  # (..., Z + E + A)
 
     def next(self, z: Tensor, actions: Tensor, task: int | Tensor | None = None) -> Tensor:
@@ -404,6 +299,116 @@ class WorldModel(nn.Module):
         """Score predicted terminations: binary cross-entropy, (...), of flags (...)."""
         logits = self.termination_logits(z, task)
         return F.binary_cross_entropy_with_logits(logits, terminated.to(logits.dtype), reduction="none")
+
+    # What TD-MPC2 plans with
+
+    def q_logits(self, z: Tensor, actions: Tensor, task: int | Tensor | None = None, target: bool = False) -> Tensor:
+        """Predict each member's categorical over symlog bins of Q(z, a), (E, ..., num_bins).
+
+        Args:
+            z: (..., Z).
+            actions: (..., A), in [-1, 1].
+            task: As in `encode`.
+            target: Ask the slowly moving copies.
+
+        Raises:
+            ValueError: If the model has no value ensemble.
+        """
+        if self.value is None:
+            raise ValueError(f"this model has no value ensemble. {_NO_HEADS}")
+        return self.value(self._pair(z, actions, task), target)
+
+    def q(
+        self,
+        z: Tensor,
+        actions: Tensor,
+        task: int | Tensor | None = None,
+        reduce: str = "all",
+        target: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Predict values Q(z, a).
+
+        Args:
+            z: (..., Z).
+            actions: (..., A), in [-1, 1].
+            task: As in `encode`.
+            reduce: "all" for each member's, or "min" or "mean" over two members drawn at random, as TD-MPC2 does.
+            target: Ask the slowly moving copies.
+            generator: On the CPU; draws the two members. None for torch's global one.
+
+        Returns:
+            (E, ...) for "all", else (...), in task units.
+
+        Raises:
+            ValueError: If the model has no value ensemble, or `reduce` is unknown.
+        """
+        if reduce not in ("all", "min", "mean"):
+            raise ValueError(f"`reduce` must be 'all', 'min' or 'mean', got {reduce!r}.")
+        logits = self.q_logits(z, actions, task, target)  # (E, ..., num_bins)
+        if reduce == "all":
+            return two_hot_decode(logits, self.bins)
+        pair = torch.randperm(len(logits), generator=generator)[:2].to(self.device)
+        values = two_hot_decode(logits[pair], self.bins)  # (2, ...)
+        return values.amin(0) if reduce == "min" else values.mean(0)
+
+    def prior(
+        self, z: Tensor, task: int | Tensor | None = None, generator: torch.Generator | None = None
+    ) -> PriorSample:
+        """Sample the policy prior at z, (..., Z): actions in [-1, 1], (..., A), with 0 in the padding, and statistics.
+
+        Args:
+            z: (..., Z).
+            task: As in `encode`.
+            generator: On the model's device; draws the noise. None for torch's global one.
+
+        Raises:
+            ValueError: If the model has no policy prior.
+        """
+        if self.policy_prior is None:
+            raise ValueError(f"this model has no policy prior. {_NO_HEADS}")
+        shape = (*z.shape[:-1], self.config.action_dim)
+        noise = torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device)  # (..., A)
+        mask = None if self.action_masks is None else self.action_mask(task)
+        return self.policy_prior(self._condition(z, task), noise, mask)
+
+    # One task of several
+
+    @torch.no_grad()
+    def for_task(self, task: int | str | None) -> WorldModel:
+        """Make the single-task model of one of the tasks, which takes that task's own observations and actions.
+
+        The embedding of a fixed task is a constant input, and so it becomes a part of the first layers' biases; the
+        weights of padding are dropped. Predictions are the same but for rounding. It is a copy: what this model
+        learns later is not in it.
+
+        Args:
+            task: Name or index; None for a single-task model.
+
+        Returns:
+            A single-task model in evaluation mode, or this very model where it is for a single task.
+
+        Raises:
+            ValueError: If there is no such task, or the model is of a kind that can't be taken apart.
+        """
+        index, config = self.config.task_index(task), self.config
+        if index is None:
+            return self
+        if config.regularizer == "spectral_norm" or self.features_extractor is not None:
+            raise ValueError(
+                "expected a model without spectral norm and features extractor to take one task out of, got one with. "
+                "Fit a single-task model instead."
+            )
+        single = config.for_task(index)
+        observation_space, action_space = self.observation_space, self.action_space
+        if config.observation_dims:
+            observation_space = leading(observation_space, single.observation_dim)
+        if config.action_dims:
+            action_space = leading(action_space, single.action_dim)
+        with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
+            model = WorldModel(single, observation_space, action_space)
+        model.load_state_dict(fold_task(self.state_dict(), self._embedding(index), config, single))
+        return model.to(self.device, self.dtype).eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write config, spaces and weights to one file, atomically. It holds no pickled objects."""
