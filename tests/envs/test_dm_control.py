@@ -196,7 +196,7 @@ def test_actions_are_scaled_and_clipped_to_the_tasks_bounds(monkeypatch):
     # The middle is 1, the radius 3.
     for action, control in [([-1, 1], [-2, 4]), ([0, 0.5], [1, 2.5]), ([-9, 9], [-2, 4])]:
         env.step(np.array(action))
-        np.testing.assert_array_equal(env._env.physics.control(), control)
+        np.testing.assert_array_equal(env._simulator.env.physics.control(), control)
 
 
 def test_one_control_step_per_action_without_repeat():
@@ -231,7 +231,7 @@ def test_the_limit_cuts_an_action_short():
 def test_discount_zero_is_a_termination_and_cuts_an_action_short(monkeypatch):
     env = make("cartpole-balance")
     env.reset(seed=0)
-    monkeypatch.setattr(env._env.task, "get_termination", lambda physics: 0.0)
+    monkeypatch.setattr(env._simulator.env.task, "get_termination", lambda physics: 0.0)
     _, reward, terminated, truncated, _ = env.step(np.zeros(1))
     assert (terminated, truncated) == (True, False)
     assert 0 < reward <= 1
@@ -311,7 +311,7 @@ def test_resets_change_nothing_of_the_model_but_what_the_state_holds(task):
     domain = SUITE[task][0]
     env = make(task)
     env.reset(seed=0)
-    model = env._env.physics.model
+    model = env._simulator.env.physics.model
     names = [n for n in dir(model.ptr) if isinstance(getattr(model.ptr, n), np.ndarray)]
     before = {name: getattr(model.ptr, name).copy() for name in names}
     for _ in range(3):
