@@ -32,6 +32,9 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, vmin: float, vmax: flo
 
     DreamerV3 (arXiv:2301.04104), eq. 10; the reward loss of TD-MPC2 (arXiv:2310.16828), eq. 3.
 
+    One bin is no categorical: its logit is the prediction, in task units, and the loss is the squared error (PWM's
+    single-task models).
+
     Args:
         logits: (..., K).
         target: (...), in task units; beyond the outer bins it counts as the outer bin.
@@ -42,6 +45,8 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, vmin: float, vmax: flo
         The loss of each element, (...).
     """
     num_bins = logits.shape[-1]
+    if num_bins == 1:
+        return (logits.squeeze(-1) - target).square()
     position = (symlog(target).clamp(vmin, vmax) - vmin) * ((num_bins - 1) / (vmax - vmin))
     lower = position.floor().clamp(max=num_bins - 2)
     weight = (position - lower).unsqueeze(-1)  # (..., 1)
@@ -54,6 +59,7 @@ def two_hot_decode(logits: Tensor, bins: Tensor, in_task_units: bool = True) -> 
     """Read a scalar out of a categorical over symlog bins: E[b], or symexp(E[b]) in task units.
 
     TD-MPC2 decodes with symexp; the released PWM code leaves it out and so maximises an expectation in bin space.
+    One bin is no categorical: its logit is the scalar, in task units.
 
     Args:
         logits: (..., K).
@@ -63,6 +69,8 @@ def two_hot_decode(logits: Tensor, bins: Tensor, in_task_units: bool = True) -> 
     Returns:
         The decoded scalar, (...).
     """
+    if len(bins) == 1:
+        return logits.squeeze(-1)
     expectation = F.softmax(logits, -1) @ bins
     return symexp(expectation) if in_task_units else expectation
 

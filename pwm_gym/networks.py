@@ -153,6 +153,7 @@ class EnsembleLinear(nn.Module):
             nn.init.orthogonal_(weight, gain=math.sqrt(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply each member's map to its own input."""
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -166,6 +167,7 @@ class EnsembleLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ensemble, 1, features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise each member's features."""
         return torch.addcmul(self.bias, F.layer_norm(x, (self.features,)), self.weight)
 
 

@@ -1,4 +1,4 @@
-"""Other people's checkpoints: TD-MPC2's world models and PWM's agents, read without executing their pickles."""
+"""TD-MPC2's world models, in all layouts that its code has written, read without executing their pickles."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import torch
 from gymnasium import spaces
-from gymnasium.vector import VectorEnv
-from torch import Tensor, nn
+from torch import Tensor
 
-from pwm_gym.agents import PWM
-from pwm_gym.agents.policies import PWMPolicy
 from pwm_gym.envs.tasks import TASK_DIMS
 from pwm_gym.envs.tasks import tasks as tasks_of
-from pwm_gym.foreign import ForeignObject, read_torch_file
+from pwm_gym.foreign import read_torch_file
 from pwm_gym.hub import local_file
-from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.layers import Layer, latent_order, layers_of, put_layers, read_layers, reorder
 from pwm_gym.planning_heads import LOG_STD_MAX, LOG_STD_MIN
 from pwm_gym.serialization import atomic_write
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 
-__all__ = ["export_tdmpc2", "load_pwm", "load_pwm_agent", "load_tdmpc2"]
+__all__ = ["export_tdmpc2", "load_tdmpc2", "make_model", "pick_tensors"]
 
 
 class _Part(NamedTuple):
@@ -51,13 +46,12 @@ _REQUIRED = ("encoder", "dynamics", "reward_head")
 # Beside the parts; and copies of the values, which current versions also save.
 _OTHER_KEYS = ("_task_emb.weight", "_action_masks", "log_std_min", "log_std_dif")
 _COPIES = ("_Qs.module.", "_detach_Qs", "_target_Qs.module.")
-_STATISTICS = "pwm.utils.running_mean_std.RunningMeanStd"  # pickled in PWM's files
 
 
 # Reading
 
 
-def _tensors(content: Any, where: str) -> dict[str, Tensor]:
+def pick_tensors(content: Any, where: str) -> dict[str, Tensor]:
     """Pick a world model's tensors out of a `state_dict`, without bookkeeping and copies."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"expected a world model's state_dict {where}, got {type(content).__name__}.")
@@ -152,7 +146,7 @@ def _task_fields(tasks: str | Sequence[str] | None, entries: Mapping[str, Tensor
     return fields
 
 
-def _make_model(
+def make_model(
     entries: Mapping[str, Tensor],
     tasks: str | Sequence[str] | None,
     observation_space: spaces.Space | None,
@@ -227,13 +221,19 @@ def load_tdmpc2(
     content = read_torch_file(path)
     if isinstance(content, dict):
         content = content.get("model", content)
-    entries = _tensors(content, f"in {os.fspath(path)!r}")
+    entries = pick_tensors(content, f"in {os.fspath(path)!r}")
     expected = {"log_std_min": LOG_STD_MIN, "log_std_dif": LOG_STD_MAX - LOG_STD_MIN}
     for key, value in expected.items():
         if key in entries and abs(float(entries[key]) - value) > 1e-6:
             raise ValueError(f"expected {key!r} of {value}, TD-MPC2's own, got {float(entries[key])}.")
     bins = {"simnorm_dim": simnorm_dim, "vmin": vmin, "vmax": vmax}
-    return _make_model(entries, tasks, observation_space, action_space, **bins).to(device)
+    model = make_model(entries, tasks, observation_space, action_space, **bins)
+    if model.config.num_bins == 1:
+        raise ValueError(
+            f"expected a reward in bins (num_bins >= 2 in TD-MPC2's config) in {os.fspath(path)!r}, got a scalar one, "
+            f"of which the file doesn't tell whether it is in symlog units."
+        )
+    return model.to(device)
 
 
 # Writing
@@ -276,9 +276,7 @@ def export_tdmpc2(world_model: WorldModel, path: str | os.PathLike[str], layout:
         if not _has(world_model, part):
             continue
         net = world_model.get_submodule(part.ours)
-        layers = reorder(
-            layers_of(net), order if part.reads_latent else None, order if part.writes_latent else None
-        )
+        layers = reorder(layers_of(net), order if part.reads_latent else None, order if part.writes_latent else None)
         if part.ensemble and not current:
             state |= _flat_entries(part.prefixes[-1], layers)
             continue
