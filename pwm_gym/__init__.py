@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pwm_gym import envs
 from pwm_gym.agents import PWM
+from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_pwm_agent, load_tdmpc2
 from pwm_gym.datasets import OfflineDataset
 from pwm_gym.envs.tasks import tasks
 from pwm_gym.her import HerSequenceReplayBuffer
@@ -27,7 +28,11 @@ __all__ = [
     "WorldModel",
     "WorldModelConfig",
     "as_sb3_vec_env",
+    "export_tdmpc2",
     "fit_world_model",
+    "load_pwm",
+    "load_pwm_agent",
+    "load_tdmpc2",
     "pretrain",
     "tasks",
 ]

@@ -117,6 +117,7 @@ class _Unpickler(pickle.Unpickler):
                 return self._dict
         plain = {
             "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_meta_tensor_no_storage": self._meta_tensor,
             "torch._utils._rebuild_parameter": self._parameter,
             "torch.Size": self._tuple,
             "torch.device": self._device,
@@ -163,6 +164,10 @@ class _Unpickler(pickle.Unpickler):
         if math.prod(shape) and last >= storage.numel():
             raise ValueError(f"tensor of shape {tuple(shape)} in a storage of {storage.numel()} values")
         return storage.as_strided(tuple(shape), tuple(stride), offset)
+
+    @staticmethod
+    def _meta_tensor(dtype: torch.dtype, shape: Any, *_: Any) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
     @staticmethod
     def _parameter(data: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -38,6 +38,9 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, vmin: float, vmax: flo
 
     DreamerV3 (arXiv:2301.04104), eq. 10; the reward loss of TD-MPC2 (arXiv:2310.16828), eq. 3.
 
+    One bin is no categorical: its logit is the prediction, in task units, and the loss is the squared error (PWM's
+    single-task models).
+
     Args:
         logits: (..., K).
         target: (...), in task units; beyond the outer bins it counts as the outer bin.
@@ -48,6 +51,8 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, vmin: float, vmax: flo
         The loss of each element, (...).
     """
     logits, num_bins = _full_precision(logits), logits.shape[-1]
+    if num_bins == 1:
+        return (logits.squeeze(-1) - target).square()
     position = (symlog(target).clamp(vmin, vmax) - vmin) * ((num_bins - 1) / (vmax - vmin))
     lower = position.floor().clamp(max=num_bins - 2)
     weight = (position - lower).unsqueeze(-1)  # (..., 1)
@@ -60,6 +65,7 @@ def two_hot_decode(logits: Tensor, bins: Tensor, in_task_units: bool = True) -> 
     """Read a scalar out of a categorical over symlog bins: E[b], or symexp(E[b]) in task units.
 
     TD-MPC2 decodes with symexp; the released PWM code leaves it out and so maximises an expectation in bin space.
+    One bin is no categorical: its logit is the scalar, in task units.
 
     Args:
         logits: (..., K).
@@ -69,6 +75,8 @@ def two_hot_decode(logits: Tensor, bins: Tensor, in_task_units: bool = True) -> 
     Returns:
         The decoded scalar, (...).
     """
+    if len(bins) == 1:
+        return logits.squeeze(-1)
     if logits.dtype in _HALF:  # under autocast, where a product would be rounded again
         with torch.autocast(logits.device.type, enabled=False):
             expectation = F.softmax(_full_precision(logits), -1) @ bins

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ACTIVATIONS", "EnsembleMLP", "Mish", "NormedEnsemble", "NormedLinear", "SimNorm", "mlp"]
+__all__ = [
+    "ACTIVATIONS",
+    "EnsembleLayerNorm",
+    "EnsembleLinear",
+    "EnsembleMLP",
+    "Mish",
+    "NormedEnsemble",
+    "NormedLinear",
+    "SimNorm",
+    "mlp",
+]
 
 
 class _MishFunction(torch.autograd.Function):
@@ -132,7 +142,7 @@ def mlp(
     return nn.Sequential(*layers)
 
 
-class _EnsembleLinear(nn.Module):
+class EnsembleLinear(nn.Module):
     """E independent linear maps in one batched product: (E, N, in) -> (E, N, out)."""
 
     def __init__(self, ensemble: int, in_features: int, out_features: int) -> None:
@@ -143,10 +153,11 @@ class _EnsembleLinear(nn.Module):
             nn.init.orthogonal_(weight, gain=math.sqrt(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply each member's map to its own input."""
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-class _EnsembleLayerNorm(nn.Module):
+class EnsembleLayerNorm(nn.Module):
     """LayerNorm over the last axis with scale and shift of its own for each member: (E, N, F) -> (E, N, F)."""
 
     def __init__(self, ensemble: int, features: int) -> None:
@@ -156,6 +167,7 @@ class _EnsembleLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ensemble, 1, features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise each member's features."""
         return torch.addcmul(self.bias, F.layer_norm(x, (self.features,)), self.weight)
 
 
@@ -181,9 +193,9 @@ class EnsembleMLP(nn.Sequential):
         layers: list[nn.Module] = []
         width = in_features
         for features in hidden:
-            layers += [_EnsembleLinear(ensemble, width, features), activation(), _EnsembleLayerNorm(ensemble, features)]
+            layers += [EnsembleLinear(ensemble, width, features), activation(), EnsembleLayerNorm(ensemble, features)]
             width = features
-        super().__init__(*layers, _EnsembleLinear(ensemble, width, 1))
+        super().__init__(*layers, EnsembleLinear(ensemble, width, 1))
         self.ensemble = ensemble
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,15 +232,15 @@ class NormedEnsemble(nn.Sequential):
         layers: list[nn.Module] = []
         width = in_features
         for i, features in enumerate(hidden):
-            linear, norm = _EnsembleLinear(ensemble, width, features), _EnsembleLayerNorm(ensemble, features)
+            linear, norm = EnsembleLinear(ensemble, width, features), EnsembleLayerNorm(ensemble, features)
             layers.append(nn.Sequential(linear, nn.Dropout(0.0 if i else dropout), norm, activation()))
             width = features
-        super().__init__(*layers, _EnsembleLinear(ensemble, width, out_features))
+        super().__init__(*layers, EnsembleLinear(ensemble, width, out_features))
         self.ensemble = ensemble
 
     def linear_weights(self) -> list[nn.Parameter]:
         """List the weights of the linear maps, (E, in, out) each, from the input to the output."""
-        return [module.weight for module in self.modules() if isinstance(module, _EnsembleLinear)]
+        return [module.weight for module in self.modules() if isinstance(module, EnsembleLinear)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate all members on (..., in) and return (E, ..., out)."""

@@ -48,7 +48,7 @@ class WorldModelConfig:
     regularizer: str = "simnorm"  # of the latent: "simnorm", "none", or "spectral_norm" on encoder and dynamics
     simnorm_dim: int = 8  # features in a SimNorm group
     activation: str = "mish"  # of hidden layers, and of the latent without SimNorm: "mish" or "relu"
-    num_bins: int = 101  # bins of the categoricals over rewards and values
+    num_bins: int = 101  # bins of the categoricals over rewards and values; 1 for scalars in task units
     vmin: float = -10.0  # lowest bin, in symlog units
     vmax: float = 10.0  # highest bin, in symlog units
     reward_in_task_units: bool = True  # False: PWM's released code, which maximises the expectation in bin space
@@ -80,8 +80,8 @@ class WorldModelConfig:
             raise ValueError(
                 f"`latent_dim` must be a multiple of `simnorm_dim`, got {self.latent_dim} and {self.simnorm_dim}."
             )
-        if self.num_bins < 2 or self.vmin >= self.vmax:
-            raise ValueError(f"expected num_bins >= 2 and vmin < vmax, got {self.num_bins}, {self.vmin}, {self.vmax}.")
+        if self.num_bins < 1 or self.vmin >= self.vmax:
+            raise ValueError(f"expected num_bins >= 1 and vmin < vmax, got {self.num_bins}, {self.vmin}, {self.vmax}.")
         if self.num_q < 0 or self.num_q == 1 or not 0.0 <= self.dropout < 1.0:
             raise ValueError(
                 f"`num_q` must be 0 or >= 2, because two members are compared, and `dropout` in [0, 1), got "
