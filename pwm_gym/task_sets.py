@@ -1,4 +1,4 @@
-"""The published sets of tasks: plain names and sizes, in the order by which data and checkpoints number them."""
+"""The published sets of tasks: plain names and sizes, so that reading them imports no simulator."""
 
 import difflib
 from typing import NamedTuple
@@ -96,10 +96,18 @@ def tasks(name: str) -> tuple[str, ...]:
         ValueError: If there is no such set.
 
     Example:
-        >>> len(tasks("MT30")), tasks("MT80")[30]
+        >>> import pwm_gym
+        >>> len(pwm_gym.tasks("MT30")), pwm_gym.tasks("MT80")[30]
         (30, 'mw-assembly')
     """
     if name not in _TASK_SETS:
         near = difflib.get_close_matches(str(name).upper(), _TASK_SETS, cutoff=0.5)
         raise ValueError(f"`name` must be a set of tasks, got {name!r}. Choose from {', '.join(near or _TASK_SETS)}.")
     return _TASK_SETS[name]
+
+
+def require_task(task: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError, with the nearest names, for a task that isn't among the choices."""
+    if task not in choices:
+        near = difflib.get_close_matches(str(task), choices, cutoff=0.4)
+        raise ValueError(f"`task` is unknown: got {task!r}. Choose from {', '.join(near or choices)}.")

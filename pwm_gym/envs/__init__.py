@@ -3,18 +3,15 @@
 import gymnasium as gym
 
 from pwm_gym.envs.multi_task import PaddedTask, multi_task_vector_env
-from pwm_gym.envs.tasks import CUSTOM_TASKS, DM_CONTROL_TASKS, ENTRY_POINTS, META_WORLD_TASKS, TASK_DIMS, TaskDims
+from pwm_gym.task_sets import CUSTOM_TASKS, DM_CONTROL_TASKS, META_WORLD_TASKS
 
-__all__ = [
-    "CUSTOM_TASKS",
-    "DM_CONTROL_TASKS",
-    "META_WORLD_TASKS",
-    "TASK_DIMS",
-    "PaddedTask",
-    "TaskDims",
-    "multi_task_vector_env",
-    "register",
-]
+__all__ = ["PaddedTask", "multi_task_vector_env", "register"]
+
+# Task -> the env class that plays it. Each class takes the task's name as its first argument.
+_ENTRY_POINTS = {
+    **dict.fromkeys(DM_CONTROL_TASKS + CUSTOM_TASKS, "pwm_gym.envs.dm_control:DMControlEnv"),
+    **dict.fromkeys(META_WORLD_TASKS, "pwm_gym.envs.meta_world:MetaWorldEnv"),
+}
 
 
 def register() -> None:
@@ -32,7 +29,7 @@ def register() -> None:
         >>> gym.spec("pwm_gym/walker-walk-v0").kwargs
         {'task': 'walker-walk'}
     """
-    for task, entry_point in ENTRY_POINTS.items():
+    for task, entry_point in _ENTRY_POINTS.items():
         if f"pwm_gym/{task}-v0" not in gym.registry:
             gym.register(f"pwm_gym/{task}-v0", entry_point=entry_point, kwargs={"task": task})
     if "pwm_gym/Latent-v0" not in gym.registry:

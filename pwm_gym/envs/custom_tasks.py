@@ -137,7 +137,7 @@ def load(task: str, random: Any = None, time_limit: float = math.inf) -> control
     """Build one of the tasks as dm_control builds its own.
 
     Args:
-        task: TD-MPC2's name of the task, one of `pwm_gym.envs.tasks.CUSTOM_TASKS`.
+        task: TD-MPC2's name of the task, one of `pwm_gym.task_sets.CUSTOM_TASKS`.
         random: Seed, or `numpy.random.RandomState`.
         time_limit: Seconds of simulated time in an episode.
 

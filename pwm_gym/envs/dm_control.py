@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pwm_gym.envs.physics_env import PhysicsEnv, Simulator
-from pwm_gym.envs.tasks import CUSTOM_TASKS, DM_CONTROL_TASKS
+from pwm_gym.task_sets import CUSTOM_TASKS, DM_CONTROL_TASKS
 
 # Where TD-MPC2's name of a domain isn't the suite's.
 _DOMAINS = {"cup": "ball_in_cup"}

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from pwm_gym.envs.physics_env import PhysicsEnv, Simulator
-from pwm_gym.envs.tasks import META_WORLD_TASKS
+from pwm_gym.task_sets import META_WORLD_TASKS
 
 # TD-MPC2 moves Meta-World's camera nearer to the table.
 _CAMERA, _CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)  # metres

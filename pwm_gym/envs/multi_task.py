@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from pwm_gym.envs.tasks import TASK_DIMS, require_task
+from pwm_gym.task_sets import TASK_DIMS, require_task
 
 __all__ = ["PaddedTask", "multi_task_vector_env"]
 

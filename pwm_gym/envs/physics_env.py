@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from pwm_gym.envs.gl_backend import choose_gl_backend, require_gl_backend, require_own_process
-from pwm_gym.envs.tasks import TASK_DIMS, require_task
+from pwm_gym.task_sets import TASK_DIMS, require_task
 
 
 class Simulator(ABC):

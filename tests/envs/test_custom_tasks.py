@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pwm_gym
-from pwm_gym.envs.tasks import CUSTOM_TASKS
+from pwm_gym.task_sets import CUSTOM_TASKS
 
 
 def simulation(task):

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 import pwm_gym
 from pwm_gym.envs.dm_control import _MODEL_STATE, DMControlEnv
 from pwm_gym.envs.gl_backend import choose_gl_backend
-from pwm_gym.envs.tasks import CUSTOM_TASKS, DM_CONTROL_TASKS
+from pwm_gym.task_sets import CUSTOM_TASKS, DM_CONTROL_TASKS
 
 CAN_DRAW = choose_gl_backend() != "disable"
 draws = pytest.mark.skipif(not CAN_DRAW, reason="no OpenGL library on this machine")

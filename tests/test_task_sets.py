@@ -4,7 +4,7 @@ import gymnasium as gym
 import pytest
 
 import pwm_gym
-from pwm_gym.envs import TASK_DIMS, TaskDims
+from pwm_gym.task_sets import TASK_DIMS, TaskDims
 
 
 def test_sets_are_numbered_as_in_td_mpc2():
