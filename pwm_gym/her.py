@@ -141,7 +141,7 @@ class HerSequenceReplayBuffer(_Windows, HerReplayBuffer):
         return finished & super()._is_window(offset, env, horizon)
 
     def _window_starts(
-        self, batch_size: int, horizon: int, rng: np.random.Generator | None
+        self, batch_size: int, horizon: int, rng: np.random.Generator | None, newest: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         if not self.ep_length.any():
             raise ValueError(
@@ -149,7 +149,7 @@ class HerSequenceReplayBuffer(_Windows, HerReplayBuffer):
                 f"from finished episodes. Use a learning_starts above the longest episode times the number of envs, "
                 f"and a buffer_size that holds several."
             )
-        return super()._window_starts(batch_size, horizon, rng)
+        return super()._window_starts(batch_size, horizon, rng, newest)
 
     def longest_window(self, limit: int) -> int:
         """Find the largest horizon up to `limit` of which a window can be sampled; 0 before an episode has ended."""

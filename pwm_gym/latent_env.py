@@ -206,19 +206,31 @@ class LatentVectorEnv(DifferentiableVectorEnv):
             observations = self._preprocess(options["observations"])
             self._check_start(observations, "observations", self.world_model.config.observation_dim)
             return self._model.encode(observations[rows]), states
+        return self._draw_starts(len(rows), self.np_random)
+
+    def _draw_starts(self, count: int, rng: np.random.Generator) -> tuple[Tensor, np.ndarray | None]:
         if self._start_latents is not None:
-            index = torch.from_numpy(self.np_random.integers(len(self._start_latents), size=len(rows)))
+            index = torch.from_numpy(rng.integers(len(self._start_latents), size=count))
             return self._start_latents[index].to(self.device, self.world_model.dtype), None
         if self._sampler is None:
             raise ValueError(
                 "this env has no start states. Give `start` or `latents` to the constructor, or observations to "
                 "reset(options={'observations': ...})."
             )
-        starts: Starts = self._sampler(len(rows), self.np_random)
+        starts: Starts = self._sampler(count, rng)
         observations = self._preprocess(starts.observations)
-        if len(observations) != len(rows):
-            raise ValueError(f"expected {len(rows)} starts from the start sampler, got {len(observations)}.")
+        if len(observations) != count:
+            raise ValueError(f"expected {count} starts from the start sampler, got {len(observations)}.")
         return self._model.encode(observations), starts.physics_state
+
+    @torch.no_grad()
+    def sample_starts(self, count: int, rng: np.random.Generator) -> Tensor:
+        """Sample latents that episodes begin with, (count, Z), without touching the env's own state.
+
+        Raises:
+            ValueError: If the env has no start states.
+        """
+        return self._draw_starts(count, rng)[0]
 
     def _preprocess(self, observations: Any) -> Tensor:
         """Preprocess the task's real observations, or such with a multi-task model's padding: (N, O)."""

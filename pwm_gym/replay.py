@@ -187,9 +187,12 @@ class _Windows(ReplayBuffer):
         return self.episode[first, env] == self.episode[last, env]
 
     def _window_starts(
-        self, batch_size: int, horizon: int, rng: np.random.Generator | None
+        self, batch_size: int, horizon: int, rng: np.random.Generator | None, newest: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw (time, env), each (B,), uniformly from the steps that begin a whole window of `horizon` steps."""
+        """Draw (time, env), each (B,), uniformly from the steps that begin a whole window of `horizon` steps.
+
+        With `newest`, only from the last so many steps, unless no window begins there.
+        """
         offsets = self._offsets(horizon)
         if horizon < 1 or batch_size < 1:
             raise ValueError(f"`horizon` and `batch_size` must be >= 1, got {horizon} and {batch_size}.")
@@ -198,12 +201,14 @@ class _Windows(ReplayBuffer):
                 f"expected at least {horizon} steps in the replay buffer for windows of horizon {horizon}, got "
                 f"{self.size()}. Collect more steps first (learning_starts) or use a shorter horizon."
             )
-        offset, env = draw(rng, offsets, batch_size), draw(rng, self.n_envs, batch_size)
+        first = 0 if newest is None else max(0, offsets - max(1, newest // self.n_envs))
+        offset, env = first + draw(rng, offsets - first, batch_size), draw(rng, self.n_envs, batch_size)
         for _ in range(_REJECTION_ROUNDS):
             wrong = np.flatnonzero(~self._is_window(offset, env, horizon))
             if not len(wrong):
                 break
-            offset[wrong], env[wrong] = draw(rng, offsets, len(wrong)), draw(rng, self.n_envs, len(wrong))
+            offset[wrong] = first + draw(rng, offsets - first, len(wrong))
+            env[wrong] = draw(rng, self.n_envs, len(wrong))
         wrong = np.flatnonzero(~self._is_window(offset, env, horizon))
         if len(wrong):  # few windows fit: list them all
             valid = self._is_window(np.arange(offsets)[:, None], np.arange(self.n_envs)[None], horizon)
@@ -213,7 +218,8 @@ class _Windows(ReplayBuffer):
                     f"expected an episode of at least {horizon} steps in the replay buffer, got {self.size()} steps of "
                     f"shorter ones. Use a shorter horizon."
                 )
-            pick = draw(rng, len(all_offsets), len(wrong))
+            older = int((all_offsets < first).sum()) % len(all_offsets)  # all of them where none is newer
+            pick = older + draw(rng, len(all_offsets) - older, len(wrong))
             offset[wrong], env[wrong] = all_offsets[pick], all_envs[pick]
         return (self._oldest + offset) % self.buffer_size, env
 
@@ -238,6 +244,7 @@ class _Windows(ReplayBuffer):
         horizon: int,
         rng: np.random.Generator | None = None,
         env: VecNormalize | None = None,
+        newest: int | None = None,
     ) -> SequenceSamples:
         """Sample windows of `horizon` steps and `horizon` + 1 observations, each inside one episode.
 
@@ -246,6 +253,7 @@ class _Windows(ReplayBuffer):
             horizon: Steps in a window H.
             rng: Generator to draw with; None for NumPy's global one, which SB3 uses everywhere.
             env: Normalises observations and rewards where the agent's env is a `VecNormalize`.
+            newest: Only windows that begin in the last so many steps, over all envs; None for all.
 
         Returns:
             The windows, on the buffer's device.
@@ -253,7 +261,7 @@ class _Windows(ReplayBuffer):
         Raises:
             ValueError: If the buffer holds no such window.
         """
-        start, envs = self._window_starts(batch_size, horizon, rng)
+        start, envs = self._window_starts(batch_size, horizon, rng, newest)
         times = (start + np.arange(horizon)[:, None]) % self.buffer_size  # (H, B)
         if self.optimize_memory_usage:
             last = self._at(self.observations, ((times[-1:] + 1) % self.buffer_size, envs))  # (1, B, *shape)

@@ -23,12 +23,13 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import Tensor, nn
 
 from pwm_gym.agents.base import ResumableAlgorithm
+from pwm_gym.agents.diagnosis import Diagnosis, diagnose
 from pwm_gym.agents.first_order import critic_targets, fit_critic, rollout, rollout_returns
 from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
 from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
-from pwm_gym.replay import DictSequenceReplayBuffer, NStepSequenceReplayBuffer, SequenceReplayBuffer
+from pwm_gym.replay import DictSequenceReplayBuffer, NStepSequenceReplayBuffer, SequenceReplayBuffer, WindowSource
 from pwm_gym.sb3 import as_sb3_vec_env
 from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, update_world_model
 from pwm_gym.world_model import WorldModel
@@ -376,6 +377,10 @@ class PWM(ResumableAlgorithm):
         if "start" not in kwargs and "latents" not in kwargs:
             kwargs["start"] = self._replayed_starts()
         return LatentVectorEnv(self.world_model, num_envs=num_envs, horizon=horizon or self.horizon, **kwargs)
+
+    def diagnose(self, data: WindowSource | None = None, batch_size: int = 256, seed: int = 0) -> Diagnosis:
+        """Measure agent and model against real experience and name known failures: see `diagnosis.diagnose`."""
+        return diagnose(self, data, batch_size, seed)
 
     def _replayed_starts(self) -> Any:
         replay = self.sequence_replay()
