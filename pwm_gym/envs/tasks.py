@@ -77,7 +77,7 @@ TASK_DIMS: dict[str, TaskDims] = _SUITE_DIMS | _CUSTOM_DIMS | dict.fromkeys(META
 _TASK_SETS = {
     "MT30": DM_CONTROL_TASKS + CUSTOM_TASKS,
     "MT50": META_WORLD_TASKS,
-    "MT80": tuple(TASK_DIMS),
+    "MT80": DM_CONTROL_TASKS + CUSTOM_TASKS + META_WORLD_TASKS,
 }
 
 # Task -> the env class that plays it. Each class takes the task's name as its first argument.
