@@ -108,12 +108,12 @@ class _DMControl(Simulator):
         domain = _DOMAINS.get(domain, domain)
         # `PhysicsEnv` keeps the time, so that `set_physics_state` can begin it anew.
         task_kwargs = {"random": 0, "time_limit": math.inf}
-        if task in CUSTOM_TASKS:
+        if task in DM_CONTROL_TASKS:
+            self.env = suite.load(domain, name.replace("-", "_"), task_kwargs=task_kwargs)
+        else:
             from pwm_gym.envs import custom_tasks
 
             self.env = custom_tasks.load(task, **task_kwargs)
-        else:
-            self.env = suite.load(domain, name.replace("-", "_"), task_kwargs=task_kwargs)
         # A reset also writes constants into the model (sizes, damping). `write_state` needs
         # them, and may be called before the user's first reset.
         self.env.reset()

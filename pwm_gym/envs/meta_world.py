@@ -1,5 +1,7 @@
 """Meta-World's 50 tasks as plain Gymnasium environments, with TD-MPC2's conventions."""
 
+import atexit
+import weakref
 from typing import Any
 
 import numpy as np
@@ -164,6 +166,8 @@ class _MetaWorld(Simulator):
             buffer = self.env.model.vis.global_  # MuJoCo draws no frame larger than this
             buffer.offheight, buffer.offwidth = max(buffer.offheight, height), max(buffer.offwidth, width)
             self._renderer = self._mujoco.Renderer(self.env.model, height, width)
+            # If nobody closes the env: before Python's exit tears OpenGL down.
+            atexit.register(_close, weakref.ref(self._renderer))
         self._renderer.update_scene(self.env.data, camera_id)
         frame: np.ndarray = self._renderer.render()
         return frame
@@ -172,6 +176,13 @@ class _MetaWorld(Simulator):
         if self._renderer is not None:
             self._renderer.close()
         self.env.close()
+
+
+def _close(reference: weakref.ref) -> None:
+    """Close a renderer if it still exists."""
+    renderer = reference()
+    if renderer is not None:
+        renderer.close()
 
 
 def _import_simulator() -> tuple[Any, dict[str, Any]]:

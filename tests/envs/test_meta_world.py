@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import subprocess
 import sys
 
 import gymnasium as gym
@@ -165,6 +166,17 @@ def test_frames_show_the_state():
     env.set_physics_state(infos["physics_state"])
     np.testing.assert_array_equal(env.render(), first)
     env.close()
+
+
+@draws
+def test_env_that_nobody_closes_ends_quietly():
+    code = (
+        "import gymnasium as gym, pwm_gym\n"
+        "env = gym.make('pwm_gym/mw-reach-v0', render_mode='rgb_array')\n"
+        "env.reset(seed=0), env.render()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ended.stderr == ""
 
 
 @draws
