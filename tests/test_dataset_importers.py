@@ -289,7 +289,7 @@ IMPORT = """
 @pytest.mark.expensive
 def test_an_import_killed_three_times_ends_in_equal_bytes(tmp_path):
     for i in range(2):
-        torch.save(make_shard(i, 20_000), tmp_path / f"chunk_{i}.pt")
+        torch.save(make_shard(i, 5_000), tmp_path / f"chunk_{i}.pt")
     command = [sys.executable, "-c", textwrap.dedent(IMPORT), str(tmp_path)]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     size, draw = (tmp_path / "whole" / "observations.npy").stat().st_size, random.Random(0)
