@@ -162,8 +162,9 @@ class Store:
         rows = np.empty((len(first), count, *array.shape[1:]), array.dtype)
         size = rows[0].nbytes
         offsets = (file.start + first * array[:1].nbytes).tolist()
-        for offset in offsets:
-            os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            for offset in offsets:
+                os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
         read = sum(os.preadv(file.descriptor, [row], offset) for row, offset in zip(rows, offsets, strict=True))
         if read != rows.nbytes:
             raise ValueError(f"expected {rows.nbytes} bytes of {name!r}, got {read}. Was the file changed?")
