@@ -166,8 +166,8 @@ def test_a_collection_killed_three_times_ends_in_equal_bytes(tmp_path, workers):
     for kill in range(3):
         chunks = 1 + 3 * kill + draw.randrange(3)  # of 12
         with subprocess.Popen([*command, "--out", tmp_path / "out"], stdout=subprocess.DEVNULL) as process:
-            while len(list((tmp_path / ".out.chunks").glob("[0-9]*"))) < chunks:
-                time.sleep(0.001)
+            while len(list((tmp_path / ".out.chunks").glob("[0-9]*"))) < chunks and process.poll() is None:
+                time.sleep(0.01)
             time.sleep(draw.uniform(0.0, 0.05))
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL

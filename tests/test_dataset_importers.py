@@ -297,7 +297,7 @@ def test_an_import_killed_three_times_ends_in_equal_bytes(tmp_path):
     for kill in range(3):
         until = size * (kill + draw.uniform(0.1, 0.9)) / 3.5
         with subprocess.Popen([*command, str(tmp_path / "out")]) as process:
-            while not growing.exists() or growing.stat().st_size < until:
+            while process.poll() is None and (not growing.exists() or growing.stat().st_size < until):
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
