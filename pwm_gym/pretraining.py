@@ -20,10 +20,11 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from pwm_gym.datasets import OfflineDataset
+from pwm_gym.progress import show_progress
 from pwm_gym.replay import SequenceSamples
 from pwm_gym.serialization import atomic_write, load_tensors, to_json
 from pwm_gym.tdmpc2_losses import PlanningLearner, episode_discount
-from pwm_gym.training import fast_matmul, make_model_optimizer, progress, set_learning_rate, update_world_model
+from pwm_gym.training import fast_matmul, make_model_optimizer, set_learning_rate, update_world_model
 from pwm_gym.validation import TaskValidation, plot_validation, validate, write_validation
 from pwm_gym.world_model import WorldModel
 from pwm_gym.world_model_config import WorldModelConfig
@@ -327,8 +328,8 @@ def pretrain(
         if folder is not None and (folder / "checkpoint.pt").exists():
             run.resume(folder / "checkpoint.pt")
         logger = configure(str(folder), ["tensorboard"]) if tensorboard else Logger(None, [])
-        steps = progress(range(run.step, updates), f"pre-training {size}", progress_bar)
-        _train(run, train, held, steps, folder, logger, checkpoint_every, validate_every, log_every)
+        with show_progress(updates, "pre-training", "update", progress_bar, run.step) as bar:
+            _train(run, train, held, bar, folder, logger, checkpoint_every, validate_every, log_every)
         if folder is not None:
             _finish(run, held, folder, logger)
         logger.close()
@@ -339,16 +340,17 @@ def _train(
     run: _Run,
     train: OfflineDataset,
     held: OfflineDataset | None,
-    steps: Any,
+    bar: Any,
     folder: pathlib.Path | None,
     logger: Logger,
     checkpoint_every: int,
     validate_every: int | None,
     log_every: int,
 ) -> None:
-    windows, began, metrics = _FiniteWindows(train), time.perf_counter(), {}
-    for _ in steps:
+    windows, began = _FiniteWindows(train), time.perf_counter()
+    while run.step < run.settings["updates"]:
         metrics = run.update(windows)
+        bar.update()
         last = run.step == run.settings["updates"]
         if run.step % log_every == 0 or last or (run.step % checkpoint_every == 0 and folder is not None):
             loss = float(metrics["model_loss"])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
+from pwm_gym.progress import show_progress
 from pwm_gym.replay import WindowSource
 from pwm_gym.tdmpc2_losses import PlanningLearner
 from pwm_gym.world_model import WorldModel
@@ -22,7 +22,6 @@ __all__ = [
     "fit_world_model",
     "frozen",
     "make_model_optimizer",
-    "progress",
     "set_learning_rate",
     "update_world_model",
 ]
@@ -223,24 +222,6 @@ def update_world_model(
     return metrics
 
 
-def progress(steps: range, description: str, show: bool = True) -> Iterable[int]:
-    """Go through update numbers, with a bar that tells rate and remaining time if `show` is set.
-
-    Args:
-        steps: A range; one that doesn't begin at 0 is that of a resumed run.
-        description: What the bar is of.
-        show: Show it.
-    """
-    if not show:
-        return steps
-    from tqdm import TqdmExperimentalWarning
-    from tqdm.rich import tqdm
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TqdmExperimentalWarning)
-        return tqdm(steps, desc=description, unit="update", initial=steps.start, total=steps.stop)
-
-
 def fit_world_model(
     world_model: WorldModel,
     replay: WindowSource,
@@ -276,9 +257,11 @@ def fit_world_model(
     optimizer = make_model_optimizer(world_model, learning_rate)
     rng = np.random.default_rng(seed)
     history: list[dict[str, Tensor]] = []
-    for step in progress(range(updates), "world model", progress_bar):
-        with fast_matmul(world_model.device):
-            metrics = update_world_model(world_model, optimizer, replay, batch_size, horizon, rho, rng)
-        if step >= updates - max(1, updates // 10):
-            history.append(metrics)
+    with show_progress(updates, "world model", "update", progress_bar) as bar:
+        for step in range(updates):
+            with fast_matmul(world_model.device):
+                metrics = update_world_model(world_model, optimizer, replay, batch_size, horizon, rho, rng)
+            if step >= updates - max(1, updates // 10):
+                history.append(metrics)
+            bar.update()
     return {key: float(torch.stack([m[key] for m in history if key in m]).mean()) for key in history[-1]}

@@ -27,6 +27,8 @@ FLOORS = {
     "real_spaces": 0,
     "single_task": 0,
     "foreign": 0,
+    "progress": 0,
+    "task_sets": 0,
     "world_model": 1,
     "replay": 1,
     "differentiable": 1,

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from rich.table import Table
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from pwm_gym.datasets.storage import ARRAYS, DatasetWriter, Layout, Store
+from pwm_gym.datasets.report import plot_returns, summary_table
+from pwm_gym.datasets.storage import DatasetWriter, Episode, Layout, Store
 from pwm_gym.replay import SequenceSamples
 from pwm_gym.starts import Starts
 
-__all__ = ["Episode", "OfflineDataset"]
+__all__ = ["OfflineDataset"]
 
 _CHUNK_STEPS = 1_000_000  # rows that are read at once where all data is passed over
-
-
-class Episode(NamedTuple):
-    """One episode: observations[t] --actions[t]--> observations[t + 1], earning rewards[t].
-
-    Neither flag is set where the data ends in mid-episode.
-    """
-
-    observations: np.ndarray  # (T + 1, O), float32
-    actions: np.ndarray  # (T, A), float32, in [-1, 1]
-    rewards: np.ndarray  # (T,), float32, in task units
-    terminated: bool = False  # its last step ended it for good
-    truncated: bool = False  # a time limit cut it
-    task: int = 0  # index into the dataset's tasks
 
 
 class OfflineDataset:
@@ -73,7 +62,7 @@ class OfflineDataset:
     def __init__(
         self, episodes: Iterable[Episode], tasks: Sequence[str] = ("task",), device: torch.device | str = "cpu"
     ) -> None:
-        self._view(_store_of(list(episodes), tuple(tasks)), None, None, device)
+        self._view(Store.of_episodes(list(episodes), tuple(tasks)), None, None, device)
 
     @classmethod
     def _of(cls, store: Store, device: torch.device | str = "cpu") -> OfflineDataset:
@@ -141,6 +130,16 @@ class OfflineDataset:
     def task_ids(self) -> np.ndarray:
         """Task of each episode, (E,), int64, an index into `tasks`."""
         return self._tasks
+
+    @property
+    def terminated(self) -> np.ndarray:
+        """Whether each episode ended for good, (E,), bool."""
+        return self._store.terminated[self._episodes]
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """Whether a time limit cut each episode, (E,), bool."""
+        return self._store.truncated[self._episodes]
 
     def __len__(self) -> int:
         return self.num_episodes
@@ -321,10 +320,10 @@ class OfflineDataset:
             FileExistsError: If it exists.
             ValueError: If the dataset is empty.
         """
-        writer = DatasetWriter(path, Layout(self.tasks, self.observation_dims, self.action_dims))
-        for episode in self:
-            writer.append_episode(*episode)
-        writer.finish()
+        with DatasetWriter(path, Layout(self.tasks, self.observation_dims, self.action_dims)) as writer:
+            for episode in self:
+                writer.append_episode(*episode)
+            writer.finish()
 
     @classmethod
     def load(
@@ -343,36 +342,122 @@ class OfflineDataset:
         """
         return cls._of(Store.load(path, in_memory), device)
 
+    # Other forms
 
-def _store_of(episodes: list[Episode], tasks: tuple[str, ...]) -> Store:
-    """Put episodes in memory, side by side."""
-    if not episodes:
-        raise ValueError("expected at least one episode, got none.")
-    arrays: dict[str, Any] = {name: [] for name in ARRAYS}
-    dims: dict[int, tuple[int, int]] = {}
-    for number, episode in enumerate(episodes):
-        o, a, r = (np.asarray(x, np.float32) for x in episode[:3])
-        if o.ndim != 2 or a.ndim != 2 or r.ndim != 1 or not len(o) - 1 == len(a) == len(r) >= 1:
-            raise ValueError(
-                f"expected observations (T + 1, O), actions (T, A) and rewards (T,) with T >= 1, got {o.shape}, "
-                f"{a.shape} and {r.shape} in episode {number}."
-            )
-        if not 0 <= episode.task < len(tasks):
-            raise ValueError(f"expected a task below {len(tasks)} ({', '.join(tasks)}), got {episode.task}.")
-        if dims.setdefault(episode.task, (o.shape[1], a.shape[1])) != (o.shape[1], a.shape[1]):
-            raise ValueError(
-                f"expected observations and actions of {dims[episode.task]} entries for {tasks[episode.task]!r}, got "
-                f"({o.shape[1]}, {a.shape[1]}) in episode {number}."
-            )
-        row = (o, a, r, len(r), episode.task, episode.terminated, episode.truncated)
-        for name, value in zip(ARRAYS, row, strict=True):
-            arrays[name].append(value)
-    missing = [name for i, name in enumerate(tasks) if i not in dims]
-    if missing:
-        raise ValueError(f"expected an episode of every task, got none of {', '.join(missing)}.")
-    layout = Layout(tasks, *(tuple(dims[i][k] for i in range(len(tasks))) for k in range(2)))
-    stored = {name: np.asarray(arrays[name], dtype) for name, (dtype, per) in ARRAYS.items() if per == "episode"}
-    stored["rewards"] = np.concatenate(arrays["rewards"])
-    for name, (width,) in layout.shapes().items():
-        stored[name] = np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in arrays[name]])
-    return Store(layout, stored)
+    @classmethod
+    def from_replay_buffer(cls, buffer: ReplayBuffer, task: str = "task") -> OfflineDataset:
+        """Cut an SB3 replay buffer, ours or any other of vectors, into the episodes that it holds.
+
+        Episodes come env by env, the oldest first; of one that a full buffer began to overwrite, its rest. One that was
+        still running is neither terminated nor truncated. SB3's memory-efficient layout does not keep where an
+        episode's last step led, so that there each lacks its last step.
+
+        Args:
+            buffer: The buffer.
+            task: Name of its task.
+
+        Raises:
+            ValueError: If the buffer is empty or its spaces are not vectors.
+        """
+        from pwm_gym.datasets.replay_buffers import episodes_of_buffer
+
+        return cls(episodes_of_buffer(buffer), [task])
+
+    @classmethod
+    def from_minari(cls, source: Any, task: str | None = None) -> OfflineDataset:
+        """Read a Minari dataset into memory.
+
+        Actions are scaled from the bounds of its action space to [-1, 1], Dict observations flattened in their space's
+        order. Tasks come back from what `to_minari` wrote.
+
+        Args:
+            source: A `minari.MinariDataset`, or the id of a local one.
+            task: Name of the task; None for the dataset's id.
+
+        Raises:
+            ImportError: If minari is missing.
+            ValueError: If actions have no bounds or observations are no vectors.
+        """
+        from pwm_gym.datasets.minari_files import import_minari
+
+        return import_minari(source, task)
+
+    def to_minari(self, dataset_id: str, **metadata: Any) -> Any:
+        """Write a local Minari dataset: rows as they are here, with padding; task ids in the infos' "task".
+
+        Args:
+            dataset_id: Its id, such as "walker/mixed-v0".
+            **metadata: For `minari.create_dataset_from_buffers`: author, description, algorithm_name, and so on.
+
+        Returns:
+            The `minari.MinariDataset`.
+        """
+        from pwm_gym.datasets.minari_files import export_minari
+
+        return export_minari(self, dataset_id, **metadata)
+
+    @classmethod
+    def from_tdmpc2(
+        cls,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        out: str | os.PathLike[str],
+        task_set: str | Sequence[str] | Mapping[str, tuple[int, int]] = "MT30",
+        only: Sequence[str] | None = None,
+        progress_bar: bool = True,
+    ) -> OfflineDataset:
+        """Turn shards in TD-MPC2's layout into a dataset on disk, block by block, and open it.
+
+        Nothing in a shard is executed, and no shard is loaded whole. Row 0 of an episode holds no action and no reward
+        whatever stands there; every episode is truncated, as the data knows no terminations. Killed at any moment, the
+        same call goes on where it was.
+
+        Args:
+            paths: A folder of shards `chunk_0.pt`, `chunk_1.pt`, ..., or the shards in order.
+            out: The folder to write.
+            task_set: What task ids mean: "MT30" or "MT80", or names, or {name: (observation, action) dimensions}.
+            only: Names of the tasks to keep; None for all.
+            progress_bar: Show rate and remaining time.
+
+        Raises:
+            FileExistsError: If `out` exists.
+            FileNotFoundError: If a shard is missing.
+            UnsafeFileError: If a shard's pickle names anything but tensors and containers.
+            ValueError: If a shard is truncated, out of order, of another episode length or width, or holds NaN, actions
+                beyond [-1, 1], unknown task ids, or episodes of several tasks.
+        """
+        from pwm_gym.datasets.tdmpc2 import import_tdmpc2
+
+        import_tdmpc2(paths, out, task_set, only, progress_bar)
+        return cls.load(out)
+
+    def to_tdmpc2(self, path: str | os.PathLike[str]) -> None:
+        """Write one shard in TD-MPC2's layout: a dictionary of obs, action, reward and task, (episodes, T + 1, ...).
+
+        Row 0's action and reward are NaN. Task ids count this dataset's tasks. The shard is made in memory.
+
+        Args:
+            path: The file, .pt.
+
+        Raises:
+            ValueError: If episodes differ in length, or did not end at a time limit: the layout cannot tell.
+        """
+        from pwm_gym.datasets.tdmpc2 import export_tdmpc2
+
+        export_tdmpc2(self, path)
+
+    # Reports
+
+    def summary(self) -> Table:
+        """Tabulate episodes, steps, dimensions and quantiles of the return by task; `rich.print` shows it."""
+        return summary_table(self)
+
+    def plot_returns(self, path: str | os.PathLike[str]) -> None:
+        """Draw a histogram of returns for each task.
+
+        Args:
+            path: The picture, .png.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        plot_returns(self, path)

@@ -15,7 +15,7 @@ import numpy as np
 
 from pwm_gym.serialization import atomic_write
 
-__all__ = ["DatasetWriter", "Layout", "Store"]
+__all__ = ["DatasetWriter", "Episode", "Layout", "Store"]
 
 FORMAT = "pwm_gym.dataset/1"
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
@@ -32,6 +32,20 @@ ARRAYS = {
 # Faulting in one page of a mapped file maps up to 16 around it; so much is counted for each read.
 _PAGES_AROUND = 16 * 4096
 _MAPPED_BUDGET = 512 * 2**20
+
+
+class Episode(NamedTuple):
+    """One episode: observations[t] --actions[t]--> observations[t + 1], earning rewards[t].
+
+    Neither flag is set where the data ends in mid-episode.
+    """
+
+    observations: np.ndarray  # (T + 1, O), float32
+    actions: np.ndarray  # (T, A), float32, in [-1, 1]
+    rewards: np.ndarray  # (T,), float32, in task units
+    terminated: bool = False  # its last step ended it for good
+    truncated: bool = False  # a time limit cut it
+    task: int = 0  # index into the dataset's tasks
 
 
 class Layout(NamedTuple):
@@ -85,6 +99,40 @@ class Store:
                 raise ValueError(f"expected {name!r} of shape {expected}, got {arrays[name].shape}.")
         if episodes and (self.lengths.min() < 1 or not 0 <= self.tasks.min() <= self.tasks.max() < len(layout.tasks)):
             raise ValueError(f"expected episodes of at least one step and task ids below {len(layout.tasks)}.")
+
+    @classmethod
+    def of_episodes(cls, episodes: list[Episode], tasks: tuple[str, ...]) -> Store:
+        """Put episodes in memory, side by side."""
+        if not episodes:
+            raise ValueError("expected at least one episode, got none.")
+        arrays: dict[str, Any] = {name: [] for name in ARRAYS}
+        dims: dict[int, tuple[int, int]] = {}
+        for number, episode in enumerate(episodes):
+            o, a, r = (np.asarray(x, np.float32) for x in episode[:3])
+            if o.ndim != 2 or a.ndim != 2 or r.ndim != 1 or not len(o) - 1 == len(a) == len(r) >= 1:
+                raise ValueError(
+                    f"expected observations (T + 1, O), actions (T, A) and rewards (T,) with T >= 1, got {o.shape}, "
+                    f"{a.shape} and {r.shape} in episode {number}."
+                )
+            if not 0 <= episode.task < len(tasks):
+                raise ValueError(f"expected a task below {len(tasks)} ({', '.join(tasks)}), got {episode.task}.")
+            if dims.setdefault(episode.task, (o.shape[1], a.shape[1])) != (o.shape[1], a.shape[1]):
+                raise ValueError(
+                    f"expected observations and actions of {dims[episode.task]} entries for {tasks[episode.task]!r}, "
+                    f"got ({o.shape[1]}, {a.shape[1]}) in episode {number}."
+                )
+            row = (o, a, r, len(r), episode.task, episode.terminated, episode.truncated)
+            for name, value in zip(ARRAYS, row, strict=True):
+                arrays[name].append(value)
+        missing = [name for i, name in enumerate(tasks) if i not in dims]
+        if missing:
+            raise ValueError(f"expected an episode of every task, got none of {', '.join(missing)}.")
+        layout = Layout(tasks, *(tuple(dims[i][k] for i in range(len(tasks))) for k in range(2)))
+        stored = {name: np.asarray(arrays[name], dtype) for name, (dtype, per) in ARRAYS.items() if per == "episode"}
+        stored["rewards"] = np.concatenate(arrays["rewards"])
+        for name, (width,) in layout.shapes().items():
+            stored[name] = np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in arrays[name]])
+        return cls(layout, stored)
 
     @property
     def is_mapped(self) -> bool:
@@ -148,7 +196,7 @@ class DatasetWriter:
 
     The files grow in `.NAME.partial` beside the target. `checkpoint` notes how many rows are safely on disk, with the
     caller's own note of what they came from; a new writer with the same `source` cuts whatever was written after
-    that and goes on from there, so that the result is the same to the byte.
+    that and goes on from there, so that the result is the same to the byte. A context closes the files.
 
     Args:
         path: The folder; it must not exist.
@@ -299,7 +347,13 @@ class DatasetWriter:
         os.replace(self._partial, self.path)
         return self.path
 
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Close the files and leave the folder as it is, to go on later."""
+        """Close the files. Unless `finish` was called, the folder stays as it is, to go on later."""
         for file in self._files.values():
             file.close()
