@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import pathlib
 from collections.abc import Sequence
 
 import rich
 
 from pwm_gym.collection import collect
 from pwm_gym.datasets import OfflineDataset
+from pwm_gym.pretraining import PAPER, pretrain
 from pwm_gym.replay import SequenceReplayBuffer
 
 __all__ = ["main"]
@@ -85,6 +88,47 @@ def _add_import_replay(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    """Train a world model on a dataset; a run that was killed goes on when called again."""
+    parser.add_argument("path", metavar="DATASET", help="folder of the dataset")
+    parser.add_argument("--out", required=True, help="folder of the run: checkpoint, model, validation")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to train on; all without")
+    parser.add_argument("--paper", action="store_true", help="published settings instead of those for small data")
+    names = ["updates", "batch_size", "horizon", "rho", "learning_rate", "policy_learning_rate"]
+    names += ["size", "learning_rate_schedule", "warmup", "precision", "held_out", "checkpoint_every"]
+    names += ["validate_every", "seed", "device"]
+    for name in names:
+        default = inspect.signature(pretrain).parameters[name].default
+        kind = int if name == "validate_every" else type(default)
+        what = {"size": "1M, 5M, 19M, 48M or 317M ", "device": "cpu, cuda or auto "}.get(name, "")
+        paper = f"; {PAPER[name]:g} with --paper" if name in PAPER else ""
+        # Left out of what is parsed unless it is given, so that --paper can tell.
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=f"{what}(default: {default}{paper})",
+        )
+    parser.add_argument("--no-planning", action="store_true", help="without value ensemble and policy prior")
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard")
+
+    def run(args: argparse.Namespace) -> None:
+        given = {name: value for name, value in vars(args).items() if name in names}
+        dataset = OfflineDataset.load(args.path)
+        pretrain(
+            dataset.of_tasks(*args.tasks) if args.tasks else dataset,
+            **{**(PAPER if args.paper else {}), **given},
+            planning=not args.no_planning,
+            out=args.out,
+            tensorboard=args.tensorboard,
+            progress_bar=True,
+        )
+        rich.print((pathlib.Path(args.out) / "summary.json").read_text(encoding="utf-8"))
+
+    parser.set_defaults(run=run)
+
+
 def _add_summary(parser: argparse.ArgumentParser) -> None:
     """Show a dataset's episodes, steps and returns by task."""
     parser.add_argument("path", help="folder of the dataset")
@@ -104,6 +148,7 @@ _COMMANDS = {
     "import-tdmpc2": _add_import_tdmpc2,
     "import-minari": _add_import_minari,
     "import-replay": _add_import_replay,
+    "pretrain": _add_pretrain,
     "summary": _add_summary,
 }
 

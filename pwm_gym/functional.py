@@ -56,7 +56,7 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, vmin: float, vmax: flo
     position = (symlog(target).clamp(vmin, vmax) - vmin) * ((num_bins - 1) / (vmax - vmin))
     lower = position.floor().clamp(max=num_bins - 2)
     weight = (position - lower).unsqueeze(-1)  # (..., 1)
-    index = lower.long().unsqueeze(-1)  # (..., 1)
+    index = lower.long().clamp_(0, num_bins - 2).unsqueeze(-1)  # (..., 1); a NaN is no index but a NaN in the loss
     picked = (1 - weight) * logits.gather(-1, index) + weight * logits.gather(-1, index + 1)
     return torch.logsumexp(logits, -1) - picked.squeeze(-1)
 

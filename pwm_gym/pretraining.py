@@ -328,7 +328,7 @@ def pretrain(
         if folder is not None and (folder / "checkpoint.pt").exists():
             run.resume(folder / "checkpoint.pt")
         logger = configure(str(folder), ["tensorboard"]) if tensorboard else Logger(None, [])
-        with show_progress(updates, f"pre-training {size}", "update", progress_bar, run.step) as bar:
+        with show_progress(updates, "pre-training", "update", progress_bar, run.step) as bar:
             _train(run, train, held, bar, folder, logger, checkpoint_every, validate_every, log_every)
         if folder is not None:
             _finish(run, held, folder, logger)
@@ -347,7 +347,7 @@ def _train(
     validate_every: int | None,
     log_every: int,
 ) -> None:
-    windows, began, metrics = _FiniteWindows(train), time.perf_counter(), {}
+    windows, began = _FiniteWindows(train), time.perf_counter()
     while run.step < run.settings["updates"]:
         metrics = run.update(windows)
         bar.update()

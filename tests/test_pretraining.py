@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pwm_gym import PWM, LatentVectorEnv, OfflineDataset, WorldModel, WorldModelConfig, pretrain
+from pwm_gym.cli import main
 from pwm_gym.datasets import Episode
 from pwm_gym.pretraining import PAPER
 from pwm_gym.validation import validate
@@ -206,6 +207,17 @@ def test_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: pathlib.P
     assert 0 < steps[0] < steps[1] < steps[2] < 300
     assert start(folder).wait() == 0
     assert_same_weights(WorldModel.load(folder / "world_model.pt"), whole)
+
+
+def test_command_trains_chosen_tasks_of_a_saved_dataset(tmp_path: pathlib.Path) -> None:
+    make_dataset().save(tmp_path / "data")
+    arguments = ["--tasks", "turn", "--size", "1M", "--paper", "--updates", "2", "--batch-size", "4", "--no-planning"]
+    main(["pretrain", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *arguments, "--device", "cpu"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] == 2
+    config = WorldModel.load(tmp_path / "run" / "world_model.pt").config
+    assert (config.tasks, config.observation_dim, config.latent_dim, config.num_q) == (("turn",), 2, 128, 0)
+    settings = json.loads(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["settings"])
+    assert (settings["horizon"], settings["rho"], settings["batch_size"]) == (16, 0.99, 4)
 
 
 # Validation
