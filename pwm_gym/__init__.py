@@ -3,10 +3,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pwm_gym import envs
-from pwm_gym.agents import PWM
-from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_pwm_agent, load_tdmpc2
+from pwm_gym.agents import PWM, load_pwm_agent
+from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_tdmpc2
+from pwm_gym.datasets import OfflineDataset
 from pwm_gym.envs.tasks import tasks
 from pwm_gym.latent_env import LatentVectorEnv
+from pwm_gym.pretraining import pretrain
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
 from pwm_gym.serialization import UnsafeFileError
@@ -18,6 +20,7 @@ __all__ = [
     "DictSequenceReplayBuffer",
     "LatentObservation",
     "LatentVectorEnv",
+    "OfflineDataset",
     "SequenceReplayBuffer",
     "UnsafeFileError",
     "WorldModel",
@@ -28,6 +31,7 @@ __all__ = [
     "load_pwm",
     "load_pwm_agent",
     "load_tdmpc2",
+    "pretrain",
     "tasks",
 ]
 

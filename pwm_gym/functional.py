@@ -8,6 +8,8 @@ from torch import Tensor
 
 __all__ = ["symexp", "symlog", "td_lambda_returns", "two_hot_cross_entropy", "two_hot_decode"]
 
+_HALF = (torch.bfloat16, torch.float16)  # of logits under autocast
+
 
 def symlog(x: Tensor) -> Tensor:
     """Compress magnitudes: sign(x) ln(1 + |x|), any shape (DreamerV3, arXiv:2301.04104, eq. 9).
@@ -20,6 +22,10 @@ def symlog(x: Tensor) -> Tensor:
 def symexp(x: Tensor) -> Tensor:
     """Invert `symlog`: sign(x) (exp|x| - 1), any shape. Its slope at 0 is 1, also for autograd."""
     return torch.where(x >= 0, torch.expm1(x.clamp(min=0)), -torch.expm1((-x).clamp(min=0)))
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _HALF else x
 
 
 def two_hot_cross_entropy(logits: Tensor, target: Tensor, vmin: float, vmax: float) -> Tensor:
@@ -44,7 +50,7 @@ def two_hot_cross_entropy(logits: Tensor, target: Tensor, vmin: float, vmax: flo
     Returns:
         The loss of each element, (...).
     """
-    num_bins = logits.shape[-1]
+    logits, num_bins = _full_precision(logits), logits.shape[-1]
     if num_bins == 1:
         return (logits.squeeze(-1) - target).square()
     position = (symlog(target).clamp(vmin, vmax) - vmin) * ((num_bins - 1) / (vmax - vmin))
@@ -70,8 +76,12 @@ def two_hot_decode(logits: Tensor, bins: Tensor, in_task_units: bool = True) -> 
         The decoded scalar, (...).
     """
     if len(bins) == 1:
-        return logits.squeeze(-1)
-    expectation = F.softmax(logits, -1) @ bins
+        return _full_precision(logits).squeeze(-1)
+    if logits.dtype in _HALF:  # under autocast, where a product would be rounded again
+        with torch.autocast(logits.device.type, enabled=False):
+            expectation = F.softmax(_full_precision(logits), -1) @ bins
+    else:
+        expectation = F.softmax(logits, -1) @ bins
     return symexp(expectation) if in_task_units else expectation
 
 

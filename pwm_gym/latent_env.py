@@ -54,7 +54,8 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         termination_threshold: Probability above which "threshold" terminates.
         latents: Latents to start from, (N, Z), array or tensor, sampled uniformly; instead of `start`.
         task: Name or index of the task for a multi-task model, whose single-task form the env then holds
-            (`WorldModel.for_task`); None for a single-task one. Starts may be padded as the multi-task model's.
+            (`WorldModel.for_task`); None for a single-task one. Of a dataset of several tasks only this task's
+            episodes are starts; observations may be padded as the multi-task model's.
         render_mode: "rgb_array" or None.
         render_env: A registered pwm_gym/<task>-v0 env with render_mode="rgb_array", in which `render` replays the
             imagined actions from the start's physics state. The start must know it: a real env does, a replay buffer
@@ -117,6 +118,9 @@ class LatentVectorEnv(DifferentiableVectorEnv):
                     f"{tuple(latents.shape)}."
                 )
         self._padded_dim = world_model.config.observation_dim
+        index = world_model.config.task_index(task)
+        if index is not None and len(getattr(start, "tasks", ())) > 1:  # an `OfflineDataset` of several tasks
+            start = start.of_tasks((world_model.config.tasks or start.tasks)[index])
         world_model = world_model.for_task(task)
         self.world_model, self.horizon = world_model, horizon
         self.num_envs = num_envs

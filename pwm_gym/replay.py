@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from contextlib import nullcontext
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,13 @@ from stable_baselines3.common.vec_env import VecNormalize
 from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
 from pwm_gym.starts import Starts
 
-__all__ = ["DictSequenceReplayBuffer", "NStepSequenceReplayBuffer", "SequenceReplayBuffer", "SequenceSamples"]
+__all__ = [
+    "DictSequenceReplayBuffer",
+    "NStepSequenceReplayBuffer",
+    "SequenceReplayBuffer",
+    "SequenceSamples",
+    "WindowSource",
+]
 
 _FORMAT = "pwm_gym.replay/1"
 _REJECTION_ROUNDS = 4  # cheap tries before every valid window is listed
@@ -35,6 +41,26 @@ class SequenceSamples(NamedTuple):
     actions: torch.Tensor  # (H, B, A), in [-1, 1]
     rewards: torch.Tensor  # (H, B), in task units
     terminated: torch.Tensor  # (H, B), bool: step t ended the episode for good, not by a time limit
+    task: torch.Tensor | None = None  # (B,), int64, of data that holds several tasks
+
+
+class WindowSource(Protocol):
+    """What a world model is fitted to: a `SequenceReplayBuffer`, an `OfflineDataset`, or anything else of this kind."""
+
+    def longest_window(self, limit: int) -> int:
+        """Find the largest horizon up to `limit` of which a window can be sampled; 0 if there is none."""
+        ...
+
+    def sample_windows(
+        self,
+        batch_size: int,
+        horizon: int,
+        rng: np.random.Generator | None = None,
+        normalizer: VecNormalize | None = None,
+        /,
+    ) -> SequenceSamples:
+        """Sample windows of `horizon` steps, each inside one episode."""
+        ...
 
 
 class _Windows(ReplayBuffer):

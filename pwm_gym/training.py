@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,9 @@ import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
-from pwm_gym.replay import SequenceReplayBuffer
+from pwm_gym.progress import show_progress
+from pwm_gym.replay import WindowSource
+from pwm_gym.tdmpc2_losses import PlanningLearner
 from pwm_gym.world_model import WorldModel
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 # Loss weights of TD-MPC2 (arXiv:2310.16828, table 7).
-CONSISTENCY_COEF, REWARD_COEF, TERMINATION_COEF = 20.0, 0.1, 1.0
+CONSISTENCY_COEF, REWARD_COEF, TERMINATION_COEF, VALUE_COEF = 20.0, 0.1, 1.0, 0.1
 ENCODER_LR_SCALE = 0.3  # TD-MPC2's encoder learns more slowly than its other parts
 MAX_GRAD_NORM = 20.0
 
@@ -114,14 +115,16 @@ def world_model_loss(
     terminated: Tensor,
     rho: float,
     task: int | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    planning: PlanningLearner | None = None,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Score an open-loop unroll of the model against a batch of real windows.
 
         z_0 = h(o_0),  z_{t+1} = d(z_t, a_t)
-        L = 1/H Σ_t ρ^t [20 |z_{t+1} - sg h(o_{t+1})|² + 0.1 CE(R(z_t, a_t), r_t)] + mean_t BCE(T(z_{t+1}), end_t)
+        L = 1/H Σ_t ρ^t [20 |z_{t+1} - sg h(o_{t+1})|² + 0.1 CE(R(z_t, a_t), r_t) + 0.1 V_t]
+            + mean_t BCE(T(z_{t+1}), end_t)
 
-    TD-MPC2 (arXiv:2310.16828, eq. 3) without its value term; |.|² is a mean over features. The termination term is not
-    discounted by ρ: the end of an episode can only be a window's last step.
+    TD-MPC2 (arXiv:2310.16828, eq. 3); |.|² is a mean over features. V_t is `PlanningLearner.value_loss`, where one is
+    given. The termination term is not discounted by ρ: the end of an episode can only be a window's last step.
 
     Args:
         world_model: The model.
@@ -131,19 +134,20 @@ def world_model_loss(
         terminated: (H, B), bool.
         rho: Weight ρ of later steps, in (0, 1].
         task: Index of the task, or one for each window, (B,).
+        planning: Learner of values and policy prior; None to leave them out, as PWM does.
 
     Returns:
-        The loss, a scalar, and its parts without gradient.
+        The loss, a scalar; its parts without gradient; and the unroll z_0, ..., z_H, (H + 1, B, Z).
     """
     horizon = actions.shape[0]
     weights = rho ** torch.arange(horizon, dtype=rewards.dtype, device=rewards.device) / horizon  # (H,)
     with torch.no_grad():
-        targets = world_model.encode(observations[1:], task)  # (H, B, Z)
+        targets = world_model.encode(observations[1:], task).to(rewards.dtype)  # (H, B, Z)
     z = world_model.encode(observations[0], task)  # (B, Z)
     latents = [z]
     for t in range(horizon):
         latents.append(world_model.next(latents[-1], actions[t], task))
-    unrolled = torch.stack(latents)  # (H + 1, B, Z)
+    unrolled = torch.stack(latents).to(rewards.dtype)  # (H + 1, B, Z); not so already under autocast
 
     consistency = (unrolled[1:] - targets).square().mean((1, 2))  # (H,)
     reward = world_model.reward_loss(unrolled[:-1], actions, rewards, task).mean(1)  # (H,)
@@ -154,31 +158,38 @@ def world_model_loss(
         termination_loss = world_model.termination_loss(unrolled[1:], terminated, task).mean()
         loss = loss + TERMINATION_COEF * termination_loss
         metrics["termination_loss"] = termination_loss.detach()
+    if planning is not None:
+        value = planning.value_loss(unrolled[:-1], actions, rewards, terminated, targets, task)  # (H,)
+        value_loss = (weights * value).sum()
+        loss = loss + VALUE_COEF * value_loss
+        metrics["value_loss"] = value_loss.detach()
     metrics["model_loss"] = loss.detach()
-    return loss, metrics
+    return loss, metrics, unrolled
 
 
 def update_world_model(
     world_model: WorldModel,
     optimizer: torch.optim.Optimizer,
-    replay: SequenceReplayBuffer,
+    replay: WindowSource,
     batch_size: int,
     horizon: int,
     rho: float,
     rng: np.random.Generator | None = None,
     normalizer: VecNormalize | None = None,
+    planning: PlanningLearner | None = None,
 ) -> dict[str, Tensor]:
     """Take one gradient step on a batch of windows, and return the loss's parts.
 
     Args:
         world_model: The model.
         optimizer: Made by `make_model_optimizer`.
-        replay: Where windows come from.
+        replay: Where windows come from: a replay buffer or an `OfflineDataset`, with the model's number of tasks.
         batch_size: Windows in a batch.
         horizon: Steps in a window; shorter windows are used as long as no episode is that long.
         rho: Weight of later steps.
         rng: Generator to sample with.
         normalizer: The agent's `VecNormalize`, where it has one.
+        planning: Learner of values and policy prior, to learn them too.
     """
     length = replay.longest_window(horizon) or min(horizon, 1)  # an empty replay is what the error is then about
     windows = replay.sample_windows(batch_size, length, rng, normalizer)
@@ -190,25 +201,30 @@ def update_world_model(
     observations = flat.unflatten(0, (length + 1, batch_size))  # (H + 1, B, O)
     if not world_model.predicts_termination and world_model.termination_head is not None and windows.terminated.any():
         world_model.expect_termination()
-    loss, metrics = world_model_loss(
+    task = None if windows.task is None else windows.task.to(world_model.device)  # (B,)
+    loss, metrics, latents = world_model_loss(
         world_model,
         observations,
-        windows.actions.to(world_model.dtype),
-        windows.rewards.to(world_model.dtype),
-        windows.terminated,
+        windows.actions.to(world_model.device, world_model.dtype),
+        windows.rewards.to(world_model.device, world_model.dtype),
+        windows.terminated.to(world_model.device),
         rho,
+        task,
+        planning,
     )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     metrics["model_grad_norm"] = nn.utils.clip_grad_norm_(world_model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
+    if planning is not None:
+        metrics |= planning.update_prior(latents, rho, task)
     world_model.eval()
     return metrics
 
 
 def fit_world_model(
     world_model: WorldModel,
-    replay: SequenceReplayBuffer,
+    replay: WindowSource,
     updates: int,
     batch_size: int = 256,
     horizon: int = 5,
@@ -221,7 +237,7 @@ def fit_world_model(
 
     Args:
         world_model: The model, fitted in place.
-        replay: Real experience.
+        replay: Real experience: a replay buffer or an `OfflineDataset`.
         updates: Gradient steps.
         batch_size: Windows in a batch.
         horizon: Steps in a window. The paper uses 16 on large data; on small data a short unroll extracts better.
@@ -240,18 +256,12 @@ def fit_world_model(
         raise ValueError(f"`updates` must be >= 1, got {updates}.")
     optimizer = make_model_optimizer(world_model, learning_rate)
     rng = np.random.default_rng(seed)
-    steps: Any = range(updates)
-    if progress_bar:
-        from tqdm import TqdmExperimentalWarning
-        from tqdm.rich import tqdm
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TqdmExperimentalWarning)
-            steps = tqdm(steps, desc="world model", unit="update")
     history: list[dict[str, Tensor]] = []
-    for step in steps:
-        with fast_matmul(world_model.device):
-            metrics = update_world_model(world_model, optimizer, replay, batch_size, horizon, rho, rng)
-        if step >= updates - max(1, updates // 10):
-            history.append(metrics)
+    with show_progress(updates, "world model", "update", progress_bar) as bar:
+        for step in range(updates):
+            with fast_matmul(world_model.device):
+                metrics = update_world_model(world_model, optimizer, replay, batch_size, horizon, rho, rng)
+            if step >= updates - max(1, updates // 10):
+                history.append(metrics)
+            bar.update()
     return {key: float(torch.stack([m[key] for m in history if key in m]).mean()) for key in history[-1]}

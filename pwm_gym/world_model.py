@@ -335,7 +335,7 @@ class WorldModel(nn.Module):
             task: As in `encode`.
             reduce: "all" for each member's, or "min" or "mean" over two members drawn at random, as TD-MPC2 does.
             target: Ask the slowly moving copies.
-            generator: On the CPU; draws the two members. None for torch's global one.
+            generator: On the model's device; draws the two members. None for torch's global one.
 
         Returns:
             (E, ...) for "all", else (...), in task units.
@@ -348,7 +348,7 @@ class WorldModel(nn.Module):
         logits = self.q_logits(z, actions, task, target)  # (E, ..., num_bins)
         if reduce == "all":
             return two_hot_decode(logits, self.bins)
-        pair = torch.randperm(len(logits), generator=generator)[:2].to(self.device)
+        pair = torch.randperm(len(logits), generator=generator, device=self.device)[:2]
         values = two_hot_decode(logits[pair], self.bins)  # (2, ...)
         return values.amin(0) if reduce == "min" else values.mean(0)
 

@@ -27,6 +27,7 @@ from pwm_gym import (
     load_tdmpc2,
 )
 from pwm_gym.layers import latent_order
+from pwm_gym.task_sets import TASK_DIMS
 
 OBS, ACT, Z, GROUP, ENC, MLP, BINS, Q, TASKS, EMB = 5, 3, 16, 8, 12, 10, 7, 3, 4, 6
 ACTION_DIMS = (1, 3, 2, 3)
@@ -264,7 +265,7 @@ def test_loading_draws_no_random_numbers(tmp_path):
 
 
 def mt30_state():
-    dims = [pwm_gym.envs.tasks.TASK_DIMS[name].action for name in pwm_gym.tasks("MT30")]
+    dims = [TASK_DIMS[name].action for name in pwm_gym.tasks("MT30")]
     return tdmpc2_state(30, 24, 6, dims)
 
 

@@ -1,5 +1,6 @@
 """Fitting the world model: losses worked by hand, what gets a gradient, and learning a small linear system."""
 
+import copy
 import math
 from typing import Any
 
@@ -10,6 +11,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from pwm_gym import DictSequenceReplayBuffer, SequenceReplayBuffer, WorldModel, WorldModelConfig, fit_world_model
+from pwm_gym.functional import two_hot_cross_entropy
+from pwm_gym.tdmpc2_losses import PlanningLearner, episode_discount
 from pwm_gym.training import (
     fast_matmul,
     frozen,
@@ -77,7 +80,7 @@ def windows(horizon: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tenso
 def test_later_steps_weigh_less_by_rho(horizon: int, rho: float, weights: list[float], batch_size: int) -> None:
     model = make().double()
     observations, actions, rewards, terminated = windows(horizon, batch_size)
-    loss, parts = world_model_loss(model, observations, actions, rewards, terminated, rho)
+    loss, parts, _ = world_model_loss(model, observations, actions, rewards, terminated, rho)
     # The new reward head says the same of everything: ln 101 at every step.
     reward_loss = sum(weights) * math.log(101)
     z, consistency_loss = model.encode(observations[0]), 0.0
@@ -101,7 +104,7 @@ def test_terminations_weigh_the_same_at_every_step() -> None:
     nn.init.constant_(head[-1].bias, math.log(3))
     observations, actions, rewards, terminated = windows(3, 2)
     terminated[2, 0] = True  # one of the 6 steps, the last of its window
-    loss, parts = world_model_loss(model, observations, actions, rewards, terminated, rho=0.01)
+    loss, parts, _ = world_model_loss(model, observations, actions, rewards, terminated, rho=0.01)
     expected = (-math.log(3 / 4) - 5 * math.log(1 / 4)) / 6
     assert parts["termination_loss"].item() == pytest.approx(expected)
     assert loss.item() == pytest.approx(
@@ -113,7 +116,7 @@ def test_consistency_sends_no_gradient_into_its_targets() -> None:
     model = make().double()
     observations, actions, rewards, terminated = windows(3, 2)
     observations.requires_grad_()
-    loss, _ = world_model_loss(model, observations, actions, rewards, terminated, rho=1.0)
+    loss, *_ = world_model_loss(model, observations, actions, rewards, terminated, rho=1.0)
     gradient = torch.autograd.grad(loss, observations)[0]
     assert gradient[0].abs().min() > 0
     assert torch.equal(gradient[1:], torch.zeros_like(gradient[1:]))
@@ -132,7 +135,7 @@ def test_encoder_gradient_is_that_of_finite_differences_with_targets_held_fixed(
     observations, actions, rewards, terminated = windows(3, 2)
     with torch.no_grad():
         targets = model.encode(observations[1:])
-    loss, _ = world_model_loss(model, observations, actions, rewards, terminated, rho=0.5)
+    loss, *_ = world_model_loss(model, observations, actions, rewards, terminated, rho=0.5)
     bias: Any = model.encoder[-1][1].bias  # of the latent's LayerNorm
     gradient = torch.autograd.grad(loss, bias)[0]
 
@@ -161,6 +164,111 @@ def test_each_window_can_have_a_task_of_its_own() -> None:
     first = world_model_loss(model, *(x[:, :1] for x in batch), 0.5, 1)[0]
     second = world_model_loss(model, *(x[:, 1:] for x in batch), 0.5, 0)[0]
     torch.testing.assert_close(together, (first + second) / 2)
+
+
+# Values and policy prior
+
+
+def plannable(**config: Any) -> Any:
+    """A model with all heads, in float64, whose values are not all 0."""
+    model = make(num_q=3, policy_prior=True, **config)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in model.value.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return model.double().eval()
+
+
+def test_discount_grows_with_the_length_of_an_episode() -> None:
+    assert [episode_discount(length) for length in (5, 100, 250, 500, 1000, 2000)] == [
+        0.95,
+        0.95,
+        0.98,
+        0.99,
+        0.995,
+        0.995,
+    ]
+
+
+def test_value_loss_is_the_cross_entropy_to_the_one_step_target() -> None:
+    model = plannable(num_tasks=2, task_dim=4, discounts=(0.5, 0.9))
+    _, actions, rewards, terminated = windows(3, 2)
+    terminated[2, 0] = True
+    task, rng = torch.tensor([0, 1]), torch.Generator().manual_seed(0)
+    latents, following = torch.rand(2, 3, 2, 16, generator=rng, dtype=torch.float64)
+    loss = PlanningLearner(model, seed=5).value_loss(latents, actions, rewards, terminated, following, task)
+    with torch.no_grad():
+        again = torch.Generator().manual_seed(5)
+        next_actions = model.prior(following, task, again).actions
+        bootstrap = model.q(following, next_actions, task, "min", target=True, generator=again)
+        goes_on = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+        target = rewards + torch.tensor([0.5, 0.9], dtype=torch.float64) * goes_on * bootstrap
+        logits = model.q_logits(latents, actions, task)
+        members = [two_hot_cross_entropy(x, target, model.config.vmin, model.config.vmax).mean(1) for x in logits]
+    assert loss.shape == (3,)
+    torch.testing.assert_close(loss, torch.stack(members).mean(0))
+
+
+def test_values_add_a_tenth_of_their_discounted_loss() -> None:
+    model, batch = plannable(), windows(3, 2)
+    alone, parts, latents = world_model_loss(model, *batch, 0.5)
+    total, more, _ = world_model_loss(model, *batch, 0.5, planning=PlanningLearner(model, seed=1))
+    targets = model.encode(batch[0][1:])
+    steps = PlanningLearner(model, seed=1).value_loss(latents[:-1], *batch[1:], targets)
+    expected = (steps[0] + steps[1] / 2 + steps[2] / 4) / 3
+    assert more["value_loss"].item() == pytest.approx(expected.item())
+    assert total.item() == pytest.approx(alone.item() + 0.1 * expected.item())
+    assert parts.keys() | {"value_loss"} == more.keys()
+
+
+def test_prior_climbs_the_values_and_nothing_else_changes_but_the_targets() -> None:
+    model = plannable()
+    learner = PlanningLearner(model, learning_rate=1e-2, entropy_coef=0.0, tau=0.5)
+    latents = torch.rand(2, 64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def value() -> float:
+        with torch.no_grad():
+            return model.q(latents, model.prior(latents, None, torch.Generator().manual_seed(0)).mean).mean().item()
+
+    first = value()
+    for _ in range(50):
+        learner.update_prior(latents, rho=1.0)
+    assert value() > first + 0.01
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name]) == (not name.startswith(("policy_prior", "value.target"))), name
+
+
+def test_scale_follows_the_spread_of_the_first_steps_values() -> None:
+    model = plannable()
+    learner = PlanningLearner(model, tau=0.25)
+    latents = torch.rand(2, 64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    learner.update_prior(latents, 1.0)
+    assert learner.scale.item() == 1.0  # a spread below 1 counts as 1
+    with torch.no_grad():
+        for parameter in model.value.online.parameters():
+            parameter.mul_(4.0)
+    state = copy.deepcopy(learner.state_dict())
+    learner.update_prior(latents, 1.0)
+    assert learner.scale.item() > 1.0
+    other = PlanningLearner(model, tau=0.25)
+    other.load_state_dict(state)
+    assert other.scale.item() == 1.0
+    assert torch.equal(other._generator.get_state(), state["generator"])
+
+
+def test_planning_needs_a_model_that_has_the_heads() -> None:
+    with pytest.raises(ValueError, match="expected a world model with value ensemble and policy prior"):
+        PlanningLearner(make(num_q=2))
+
+
+def test_model_optimizer_leaves_prior_and_targets_alone() -> None:
+    model = plannable()
+    ours = {id(p) for group in make_model_optimizer(model, 1e-3).param_groups for p in group["params"]}
+    assert {n for n, p in model.named_parameters() if id(p) not in ours} == {
+        name for name, _ in model.named_parameters() if name.startswith(("value.target", "policy_prior"))
+    }
 
 
 # Small tools

@@ -78,6 +78,27 @@ def test_preset_has_the_published_number_of_parameters(
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == parameters
 
 
+@pytest.mark.parametrize(
+    ("size", "task_dim", "latent_dim", "parameters"),
+    [
+        ("1M", 96, 128, 1.43),
+        ("5M", 64, 512, 5.24),
+        ("19M", 64, 512, 16.0),
+        ("48M", 64, 768, 48.2),
+        ("317M", 96, 1376, 317.3),
+    ],
+)
+def test_preset_with_planning_has_all_of_tdmpc2s_parameters(
+    size: str, task_dim: int, latent_dim: int, parameters: float
+) -> None:
+    fields: Any = {"num_tasks": 30, "task_dim": task_dim, "latent_dim": latent_dim, "termination_head": False}
+    config = WorldModelConfig.preset(size, observation_dim=24, action_dim=6, planning=True, **fields)
+    with torch.device("meta"):
+        model = WorldModel(config)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    assert round(count, 2 if parameters < 10 else 1) == parameters
+
+
 def test_presets_have_the_published_latent_sizes() -> None:
     sizes = {size: WorldModelConfig.preset(size, observation_dim=5, action_dim=1).latent_dim for size in PRESETS}
     assert sizes == {"1M": 128, "5M": 512, "19M": 768, "48M": 768, "317M": 1376}
@@ -111,8 +132,17 @@ def test_config_is_frozen() -> None:
         ({"regularizer": "dropout"}, "`regularizer` must be one of .* got 'dropout'"),
         ({"activation": "gelu"}, "`activation` must be one of .* got 'gelu'"),
         ({"latent_dim": 12}, "`latent_dim` must be a multiple of `simnorm_dim`, got 12 and 8"),
-        ({"num_bins": 1}, "num_bins >= 2"),
+        ({"num_bins": 0}, "num_bins >= 1"),
         ({"vmin": 10.0}, "vmin < vmax"),
+        ({"num_q": 1}, "`num_q` must be 0 or >= 2"),
+        ({"dropout": 1.0}, "`dropout` in .0, 1., got 0 and 1.0"),
+        ({"tasks": ("a", "a")}, "one name in `tasks` for each of 2 tasks, all different"),
+        ({"tasks": ("a", "b"), "num_tasks": 3}, "one name in `tasks` for each of 3 tasks"),
+        ({"num_tasks": 2, "action_dims": (2,)}, "`action_dims` must have 2 entries"),
+        ({"action_dims": (2,)}, "`action_dims` must have 0 entries"),
+        ({"num_tasks": 2, "action_dims": (2, 3)}, r"`action_dims` must be in 1\.\.2, the padded width"),
+        ({"num_tasks": 1, "observation_dims": (0,)}, r"`observation_dims` must be in 1\.\.3"),
+        ({"discounts": (1.1,)}, r"`discounts` must be in \[0, 1\]"),
     ],
 )
 def test_config_refuses_fields_out_of_range(fields: dict[str, Any], message: str) -> None:
@@ -442,6 +472,177 @@ def test_task_is_required_with_tasks_and_refused_without() -> None:
         make(num_tasks=3).encode(x, 3)
 
 
+def padded_model(**config: Any) -> Any:
+    """Two tasks, of 3 and 2 observations and of 2 actions and 1, with all heads."""
+    fields = {"tasks": ("walk", "turn"), "observation_dims": (3, 2), "action_dims": (2, 1), "discounts": (0.9, 0.8)}
+    bounds = np.array([1.0, 2.0], np.float32)
+    heads = {"num_q": 3, "policy_prior": True, **fields, **config}
+    model = make(BOX, spaces.Box(-bounds, bounds), **heads)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in model.value.parameters():
+            nn.init.normal_(parameter)  # its last layer is 0 at first
+    model.expect_termination()
+    return model.eval()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_tasks_are_found_by_name_and_index() -> None:
+    config = padded_model().config
+    assert config.num_tasks == 2
+    assert [config.task_index(task) for task in ("walk", "turn", 0, 1)] == [0, 1, 0, 1]
+    for wrong in ("run", None, 2, -1):
+        with pytest.raises(ValueError, match=r"`task` must be in 0\.\.1: .* or one of .'walk', 'turn'."):
+            config.task_index(wrong)
+    alone = WorldModelConfig(3, 2, tasks=("walk",))
+    assert alone.num_tasks == 0
+    assert alone.task_index("walk") is None
+
+
+def test_action_mask_and_discount_are_the_tasks_own() -> None:
+    model = padded_model()
+    assert model.action_mask(0).tolist() == [1.0, 1.0]
+    assert model.action_mask(torch.tensor([1, 0])).tolist() == [[1.0, 0.0], [1.0, 1.0]]
+    assert make().action_mask().tolist() == [1.0, 1.0]
+    torch.testing.assert_close(model.discount(torch.tensor([1, 0])), torch.tensor([0.8, 0.9]))
+    assert make().discount().item() == pytest.approx(0.99)
+
+
+def test_what_stands_in_an_actions_padding_has_no_effect_and_no_gradient() -> None:
+    model, z = padded_model(), batch(2, width=16).softmax(-1)
+    actions = batch(2, width=2, seed=1).requires_grad_()
+    other = torch.cat([actions[:, :1], torch.full((2, 1), 7.0)], 1)
+    for predict in (
+        model.next,
+        model.reward,
+        model.q_logits,
+        lambda *given: torch.cat([x.flatten() for x in model(*given)]),
+        lambda z, a, task: model.reward_loss(z, a, torch.ones(2), task),
+    ):
+        assert torch.equal(predict(z, actions, 1), predict(z, other, 1))
+        assert not torch.equal(predict(z, actions, 0), predict(z, other, 0))
+        weights = batch(1, width=predict(z, actions, 1).numel(), seed=2)[0]
+        gradient = torch.autograd.grad(predict(z, actions, torch.tensor([1, 0])).flatten() @ weights, actions)[0]
+        assert gradient[0, 1] == 0.0
+        assert (gradient[[0, 1, 1], [0, 0, 1]] != 0.0).all()
+
+
+@pytest.mark.parametrize("encoder_layers", [0, 2])
+def test_model_of_one_task_predicts_as_the_whole_without_padding(encoder_layers: int) -> None:
+    model = padded_model(encoder_layers=encoder_layers).double()
+    state = torch.get_rng_state()
+    for task, (name, width, count) in enumerate([("walk", 3, 2), ("turn", 2, 1)]):
+        single = model.for_task(name)
+        assert (single.config.num_tasks, single.config.tasks) == (0, (name,))
+        assert single.observation_space == spaces.Box(-1.0, 1.0, (width,), np.float32)
+        assert single.action_space.high.tolist() == [1.0, 2.0][:count]
+        assert single.discount() == model.discount(task)
+        observations = nn.functional.pad(batch(4, width=width, dtype=torch.float64), (0, 3 - width))
+        actions = nn.functional.pad(batch(4, width=count, seed=1, dtype=torch.float64), (0, 2 - count))
+        z = model.encode(observations, task)
+        torch.testing.assert_close(single.encode(observations[:, :width]), z)
+        own = actions[:, :count]
+        torch.testing.assert_close(single.next(z, own), model.next(z, actions, task))
+        torch.testing.assert_close(single.reward(z, own), model.reward(z, actions, task))
+        torch.testing.assert_close(single.termination(z), model.termination(z, task))
+        for target in (False, True):
+            torch.testing.assert_close(single.q(z, own, target=target), model.q(z, actions, task, target=target))
+        means = [m.prior(z, t, generator()).mean for m, t in ((single, None), (model, task))]
+        torch.testing.assert_close(means[0], means[1][:, :count])
+        assert single.for_task(None) is single.for_task(name) is single
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_task_of_a_spectral_normed_model_is_not_taken_out() -> None:
+    with pytest.raises(ValueError, match="expected a model without spectral norm"):
+        make(num_tasks=2, regularizer="spectral_norm").for_task(0)
+
+
+def test_padding_needs_flat_boxes() -> None:
+    config = WorldModelConfig(3, 2, num_tasks=1, observation_dims=(3,))
+    with pytest.raises(TypeError, match="expected flat Boxes where tasks are padded"):
+        WorldModel(config, spaces.Dict({"a": BOX}))
+
+
+# What TD-MPC2 plans with
+
+
+def test_values_are_0_at_first_and_so_are_their_targets() -> None:
+    model = make(num_q=5)
+    z, actions = batch(2, width=16), batch(2, width=2)
+    for target in (False, True):
+        torch.testing.assert_close(model.q(z, actions, target=target), torch.zeros(5, 2), atol=1e-5, rtol=0.0)
+
+
+def test_smaller_and_mean_value_are_of_the_same_two_members() -> None:
+    model, z, actions = padded_model(), batch(50, width=16), batch(50, width=2)
+    members = model.q(z, actions, 0)  # (3, 50)
+    least, mean = (model.q(z, actions, 0, how, generator=generator()) for how in ("min", "mean"))
+    pairs = [members[[i, j]] for i, j in ((0, 1), (0, 2), (1, 2))]
+    (pair,) = [p for p in pairs if torch.allclose(p.mean(0), mean)]
+    torch.testing.assert_close(pair.amin(0), least)
+    drawn = {model.q(z, actions, 0, "mean", generator=generator(seed)).sum().item() for seed in range(20)}
+    assert len(drawn) == 3
+    with pytest.raises(ValueError, match="`reduce` must be 'all', 'min' or 'mean', got 'max'"):
+        model.q(z, actions, 0, "max")
+
+
+def test_dropout_is_for_members_in_training_and_never_for_targets() -> None:
+    model, z, actions = padded_model(dropout=0.5), batch(2, width=16), batch(2, width=2)
+    still, target = model.q(z, actions, 0), model.q(z, actions, 0, target=True)
+    model.train()
+    assert not torch.equal(model.q(z, actions, 0), still)
+    assert torch.equal(model.q(z, actions, 0, target=True), target)
+    model.eval()
+    assert torch.equal(model.q(z, actions, 0), still)
+
+
+def test_targets_move_by_tau_and_get_no_gradient() -> None:
+    value = padded_model().value
+    before, online = value.target[0][0].weight.clone(), value.online[0][0].weight
+    value.update_target(0.25)
+    torch.testing.assert_close(value.target[0][0].weight, 0.75 * before + 0.25 * online)
+    assert not any(p.requires_grad for p in value.target.parameters())
+
+
+def test_prior_keeps_out_of_the_padding() -> None:
+    model, z = padded_model(), batch(3, width=16)
+    sample = model.prior(z, torch.tensor([0, 1, 0]), generator())
+    assert sample.actions.shape == sample.mean.shape == sample.log_std.shape == (3, 2)
+    assert (sample.actions != 0).tolist() == (sample.mean != 0).tolist() == [[True, True], [True, False], [True, True]]
+    assert sample.actions.abs().max() <= 1.0
+
+
+def test_prior_is_a_squashed_gaussian_with_tdmpc2s_bonus() -> None:
+    # A zero last layer with bias (atanh 1/2, 0 | 0, 0) says tanh μ = (1/2, 0) and log σ = -10 + 6 = -4.
+    model = make(policy_prior=True)
+    last = model.policy_prior.net[-1]
+    nn.init.zeros_(last.weight)
+    with torch.no_grad():
+        last.bias[0] = np.arctanh(0.5)
+    noise = torch.tensor([[1.0, -2.0]])
+    sample = model.policy_prior(batch(1, width=16), noise)
+    torch.testing.assert_close(sample.mean, torch.tensor([[0.5, 0.0]]))
+    torch.testing.assert_close(sample.log_std, torch.full((1, 2), -4.0))
+    sigma = np.exp(-4.0)
+    torch.testing.assert_close(
+        sample.actions, torch.tensor([[np.arctanh(0.5) + sigma, -2 * sigma]], dtype=torch.float32).tanh()
+    )
+    # -log N = ε²/2 + log σ + log(2π)/2 for each of 2 dimensions, and times 2: 2 (2.5 - 8 + log 2π)
+    torch.testing.assert_close(sample.entropy, torch.tensor([2 * (2.5 - 8.0 + np.log(2 * np.pi))], dtype=torch.float32))
+
+
+def test_model_without_heads_says_how_to_get_them() -> None:
+    z = torch.zeros(1, 16)
+    with pytest.raises(ValueError, match="no value ensemble. Make one with .*planning=True"):
+        make().q(z, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="no policy prior. Make one with .*planning=True"):
+        make().prior(z)
+
+
 # Dtype
 
 
@@ -471,6 +672,7 @@ CHOICES: list[Any] = [
     pytest.param({"regularizer": "none", "activation": "relu"}, id="no regularizer"),
     pytest.param({"regularizer": "spectral_norm"}, id="spectral norm"),
     pytest.param({"termination_head": False, "reward_in_task_units": False}, id="no termination"),
+    pytest.param({"num_q": 2, "policy_prior": True, "tasks": ("walk",)}, id="planning"),
     pytest.param({"vmin": np.float64(-5.0), "num_bins": np.int64(7)}, id="NumPy numbers"),
 ]
 
@@ -504,6 +706,18 @@ def test_saved_model_carries_its_spaces(tmp_path: pathlib.Path, space: spaces.Sp
     loaded = WorldModel.load(str(tmp_path / "model.pt"))
     assert loaded.observation_space == space
     assert loaded.action_space == actions
+
+
+def test_file_from_before_tasks_and_planning_still_loads(tmp_path: pathlib.Path) -> None:
+    model = make(num_tasks=2)
+    model.save(tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    new = ("num_q", "dropout", "policy_prior", "tasks", "observation_dims", "action_dims", "discounts")
+    content["config"] = {key: value for key, value in content["config"].items() if key not in new}
+    torch.save(content, tmp_path / "model.pt")
+    loaded = WorldModel.load(tmp_path / "model.pt")
+    assert loaded.config == model.config
+    assert_equal(outputs(loaded, 1), outputs(model.eval(), 1))
 
 
 def test_unseen_termination_survives_the_file(tmp_path: pathlib.Path) -> None:

@@ -10,13 +10,13 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from pwm_gym.envs.tasks import TASK_DIMS
-from pwm_gym.envs.tasks import tasks as tasks_of
 from pwm_gym.foreign import read_torch_file
 from pwm_gym.hub import local_file
 from pwm_gym.layers import Layer, latent_order, layers_of, put_layers, read_layers, reorder
 from pwm_gym.planning_heads import LOG_STD_MAX, LOG_STD_MIN
 from pwm_gym.serialization import atomic_write
+from pwm_gym.task_sets import TASK_DIMS
+from pwm_gym.task_sets import tasks as tasks_of
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 
 __all__ = ["export_tdmpc2", "load_tdmpc2", "make_model", "pick_tensors"]

@@ -1,0 +1,171 @@
+"""The command line: `python -m pwm_gym COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import pathlib
+from collections.abc import Sequence
+
+import rich
+
+from pwm_gym.collection import collect
+from pwm_gym.datasets import OfflineDataset
+from pwm_gym.pretraining import PAPER, pretrain
+from pwm_gym.replay import SequenceReplayBuffer
+
+__all__ = ["main"]
+
+# Each command is a function that adds its arguments to a parser and sets `run`, which gets the parsed arguments.
+
+
+def _add_collect(parser: argparse.ArgumentParser) -> None:
+    """Gather a dataset from agents, noisy or random, in real envs."""
+    parser.add_argument("env_ids", nargs="+", metavar="ENV", help="task, such as walker-walk, or any Gymnasium id")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--agent", action="append", help="a saved PWM; may be given several times; random without")
+    parser.add_argument("--episodes", type=int, default=100, help="of each env (default: %(default)s)")
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.0], help="levels of action noise")
+    parser.add_argument("--random-share", type=float, default=0.0, help="share of random episodes, in [0, 1]")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+
+    def run(args: argparse.Namespace) -> None:
+        dataset = collect(
+            args.env_ids,
+            args.agent,
+            args.episodes,
+            args.out,
+            noise=args.noise,
+            random_share=args.random_share,
+            num_workers=args.workers,
+            seed=args.seed,
+        )
+        rich.print(dataset.summary())
+
+    parser.set_defaults(run=run)
+
+
+def _add_import_tdmpc2(parser: argparse.ArgumentParser) -> None:
+    """Turn shards in TD-MPC2's layout into a dataset."""
+    parser.add_argument("paths", nargs="+", metavar="SHARD", help="shards in order, or the folder that they stand in")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--task-set", default="MT30", help="MT30 or MT80 (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="tasks to keep; all without")
+
+    def run(args: argparse.Namespace) -> None:
+        paths = args.paths[0] if len(args.paths) == 1 else args.paths
+        rich.print(OfflineDataset.from_tdmpc2(paths, args.out, args.task_set, args.only).summary())
+
+    parser.set_defaults(run=run)
+
+
+def _add_import_minari(parser: argparse.ArgumentParser) -> None:
+    """Turn a local Minari dataset into one of ours."""
+    parser.add_argument("dataset_id")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--task", help="name of its task; the dataset's id without")
+
+    def run(args: argparse.Namespace) -> None:
+        dataset = OfflineDataset.from_minari(args.dataset_id, args.task)
+        dataset.save(args.out)
+        rich.print(dataset.summary())
+
+    parser.set_defaults(run=run)
+
+
+def _add_import_replay(parser: argparse.ArgumentParser) -> None:
+    """Turn a saved replay buffer (save_replay_buffer) into a dataset."""
+    parser.add_argument("path")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--task", default="task", help="name of its task")
+
+    def run(args: argparse.Namespace) -> None:
+        dataset = OfflineDataset.from_replay_buffer(SequenceReplayBuffer.load(args.path, "cpu"), args.task)
+        dataset.save(args.out)
+        rich.print(dataset.summary())
+
+    parser.set_defaults(run=run)
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    """Train a world model on a dataset; a run that was killed goes on when called again."""
+    parser.add_argument("path", metavar="DATASET", help="folder of the dataset")
+    parser.add_argument("--out", required=True, help="folder of the run: checkpoint, model, validation")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to train on; all without")
+    parser.add_argument("--paper", action="store_true", help="published settings instead of those for small data")
+    names = ["updates", "batch_size", "horizon", "rho", "learning_rate", "policy_learning_rate"]
+    names += ["size", "learning_rate_schedule", "warmup", "precision", "held_out", "checkpoint_every"]
+    names += ["validate_every", "seed", "device"]
+    for name in names:
+        default = inspect.signature(pretrain).parameters[name].default
+        kind = int if name == "validate_every" else type(default)
+        what = {"size": "1M, 5M, 19M, 48M or 317M ", "device": "cpu, cuda or auto "}.get(name, "")
+        paper = f"; {PAPER[name]:g} with --paper" if name in PAPER else ""
+        # Left out of what is parsed unless it is given, so that --paper can tell.
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=f"{what}(default: {default}{paper})",
+        )
+    parser.add_argument("--no-planning", action="store_true", help="without value ensemble and policy prior")
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard")
+
+    def run(args: argparse.Namespace) -> None:
+        given = {name: value for name, value in vars(args).items() if name in names}
+        dataset = OfflineDataset.load(args.path)
+        pretrain(
+            dataset.of_tasks(*args.tasks) if args.tasks else dataset,
+            **{**(PAPER if args.paper else {}), **given},
+            planning=not args.no_planning,
+            out=args.out,
+            tensorboard=args.tensorboard,
+            progress_bar=True,
+        )
+        rich.print((pathlib.Path(args.out) / "summary.json").read_text(encoding="utf-8"))
+
+    parser.set_defaults(run=run)
+
+
+def _add_summary(parser: argparse.ArgumentParser) -> None:
+    """Show a dataset's episodes, steps and returns by task."""
+    parser.add_argument("path", help="folder of the dataset")
+    parser.add_argument("--plot", metavar="PNG", help="also draw a histogram of returns by task")
+
+    def run(args: argparse.Namespace) -> None:
+        dataset = OfflineDataset.load(args.path)
+        rich.print(dataset.summary())
+        if args.plot:
+            dataset.plot_returns(args.plot)
+
+    parser.set_defaults(run=run)
+
+
+_COMMANDS = {
+    "collect": _add_collect,
+    "import-tdmpc2": _add_import_tdmpc2,
+    "import-minari": _add_import_minari,
+    "import-replay": _add_import_replay,
+    "pretrain": _add_pretrain,
+    "summary": _add_summary,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        arguments: What stands behind the program's name; None for `sys.argv`.
+    """
+    parser = argparse.ArgumentParser(prog="python -m pwm_gym", description="Offline data for world models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add in _COMMANDS.items():
+        text = (add.__doc__ or "").rstrip(".")
+        add(commands.add_parser(name, help=text, description=text))
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except (ImportError, OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")

@@ -1,0 +1,160 @@
+"""What TD-MPC2 learns beside PWM's world model: values by temporal differences, and a policy prior that climbs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pwm_gym.functional import two_hot_cross_entropy
+from pwm_gym.world_model import WorldModel
+
+__all__ = ["PlanningLearner", "episode_discount"]
+
+_PERCENTILES = (0.05, 0.95)  # between which the values' spread is measured
+
+
+def episode_discount(episode_length: int) -> float:
+    """Choose γ by the length of an episode, as TD-MPC2 does: 1 - 5/L, in [0.95, 0.995].
+
+    Args:
+        episode_length: Decisions in an episode L.
+
+    Example:
+        >>> episode_discount(500), episode_discount(100)
+        (0.99, 0.95)
+    """
+    share = episode_length / 5
+    return min(max((share - 1) / share, 0.95), 0.995)
+
+
+class PlanningLearner:
+    """Learns a world model's value ensemble and policy prior along with it (TD-MPC2, arXiv:2310.16828, eq. 3 and 4).
+
+    It goes into `update_world_model`, which adds `value_loss` to the model's loss and then calls `update_prior`.
+
+    Args:
+        world_model: A model with value ensemble and policy prior.
+        learning_rate: Of the policy prior's Adam.
+        entropy_coef: Weight of the prior's entropy bonus.
+        tau: How far targets, and the scale of values, move in an update. In [0, 1].
+        max_grad_norm: Bound of the prior's gradient norm.
+        seed: Of the noise of the prior's actions, and of which members are compared.
+
+    Attributes:
+        optimizer: The prior's Adam.
+        scale: Running spread of the values, (), which they are divided by for the prior.
+
+    Raises:
+        ValueError: If the model lacks either part.
+
+    Example:
+        >>> from pwm_gym.world_model import WorldModelConfig
+        >>> config = WorldModelConfig.preset("1M", observation_dim=3, action_dim=1, planning=True)
+        >>> learner = PlanningLearner(WorldModel(config))
+        >>> learner.update_prior(torch.rand(4, 8, 128), rho=0.5)["prior_loss"].shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        learning_rate: float = 3e-4,
+        entropy_coef: float = 1e-4,
+        tau: float = 0.01,
+        max_grad_norm: float = 20.0,
+        seed: int = 0,
+    ) -> None:
+        if world_model.value is None or world_model.policy_prior is None:
+            raise ValueError(
+                "expected a world model with value ensemble and policy prior, got one without. Make it with "
+                "WorldModelConfig.preset(..., planning=True)."
+            )
+        self._model, self._value = world_model, world_model.value
+        self._parameters = list(world_model.policy_prior.parameters())
+        self.optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, eps=1e-5, fused=True)
+        self.entropy_coef, self.tau, self.max_grad_norm = entropy_coef, tau, max_grad_norm
+        self.scale = torch.ones((), dtype=world_model.dtype, device=world_model.device)
+        self._generator = torch.Generator(world_model.device).manual_seed(seed)
+
+    def value_loss(
+        self,
+        latents: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminated: Tensor,
+        next_latents: Tensor,
+        task: int | Tensor | None = None,
+    ) -> Tensor:
+        """Score the values of all members against one temporal-difference target.
+
+            y_t = r_t + γ (1 - end_t) min_{i,j} Q'(z'_t, a'_t),    a'_t ~ π(z'_t)
+            loss_t = mean_e CE(Q_e(z_t, a_t), y_t)
+
+        The minimum is over two target members drawn at random; γ is the task's own.
+
+        Args:
+            latents: z_t, (H, B, Z), of the model's unroll.
+            actions: a_t, (H, B, A), in [-1, 1].
+            rewards: r_t, (H, B), in task units.
+            terminated: end_t, (H, B), bool.
+            next_latents: z'_t, (H, B, Z), encodings of the real next observations.
+            task: As in `WorldModel.encode`.
+
+        Returns:
+            The loss of each step, (H,).
+        """
+        model = self._model
+        with torch.no_grad():
+            following = model.prior(next_latents, task, self._generator).actions  # (H, B, A)
+            bootstrap = model.q(next_latents, following, task, "min", target=True, generator=self._generator)
+            targets = rewards + model.discount(task) * ~terminated * bootstrap  # (H, B)
+        logits = model.q_logits(latents, actions, task)  # (E, H, B, num_bins)
+        config = model.config
+        return two_hot_cross_entropy(logits, targets.expand(logits.shape[:-1]), config.vmin, config.vmax).mean((0, 2))
+
+    def update_prior(self, latents: Tensor, rho: float, task: int | Tensor | None = None) -> dict[str, Tensor]:
+        """Take one gradient step on the policy prior, and move the target values.
+
+            L = -1/(H+1) Σ_t ρ^t mean_B [Q(z_t, a_t) / S + α H_t],    a_t ~ π(z_t)
+
+        Q is the mean of two members drawn at random, S the running spread of the values at t = 0 between the 5th and
+        95th percentile, at least 1.
+
+        Args:
+            latents: z_t, (H + 1, B, Z); no gradient goes into them.
+            rho: Weight ρ of later steps, in (0, 1].
+            task: As in `WorldModel.encode`.
+
+        Returns:
+            The loss and what it is made of, without gradient.
+        """
+        latents = latents.detach()
+        sample = self._model.prior(latents, task, self._generator)
+        q = self._model.q(latents, sample.actions, task, "mean", generator=self._generator)  # (H + 1, B)
+        spread = q[0].detach().quantile(torch.tensor(_PERCENTILES, dtype=q.dtype, device=q.device)).diff()[0]
+        self.scale.lerp_(spread.clamp(min=1.0).to(self.scale), self.tau)
+        weights = rho ** torch.arange(len(q), dtype=q.dtype, device=q.device)  # (H + 1,)
+        entropy = sample.entropy.to(q.dtype)
+        loss = -(weights * (self.entropy_coef * entropy + q / self.scale).mean(1)).mean()
+        # Only the prior's gradients are computed: those of the values' weights are not part of this loss.
+        for parameter, gradient in zip(self._parameters, torch.autograd.grad(loss, self._parameters), strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._value.update_target(self.tau)
+        return {"prior_loss": loss.detach(), "prior_entropy": entropy.detach().mean(), "value": q.detach().mean()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give all that is not in the world model itself, to go on from."""
+        state = {"optimizer": self.optimizer.state_dict(), "scale": self.scale.clone()}
+        return {**state, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale.copy_(state["scale"])
+        self._generator.set_state(state["generator"].cpu())
