@@ -3,8 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pwm_gym import envs
-from pwm_gym.agents import PWM
-from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_pwm_agent, load_tdmpc2
+from pwm_gym.agents import PWM, load_pwm_agent
+from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_tdmpc2
 from pwm_gym.datasets import OfflineDataset
 from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv

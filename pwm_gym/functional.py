@@ -76,7 +76,7 @@ def two_hot_decode(logits: Tensor, bins: Tensor, in_task_units: bool = True) -> 
         The decoded scalar, (...).
     """
     if len(bins) == 1:
-        return logits.squeeze(-1)
+        return _full_precision(logits).squeeze(-1)
     if logits.dtype in _HALF:  # under autocast, where a product would be rounded again
         with torch.autocast(logits.device.type, enabled=False):
             expectation = F.softmax(_full_precision(logits), -1) @ bins

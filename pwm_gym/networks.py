@@ -147,10 +147,8 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, ensemble: int, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(ensemble, in_features, out_features))
+        self.weight = nn.Parameter(torch.zeros(ensemble, in_features, out_features))  # its owner initialises it
         self.bias = nn.Parameter(torch.zeros(ensemble, 1, out_features))
-        for weight in self.weight.data:
-            nn.init.orthogonal_(weight, gain=math.sqrt(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply each member's map to its own input."""
@@ -197,6 +195,9 @@ class EnsembleMLP(nn.Sequential):
             width = features
         super().__init__(*layers, EnsembleLinear(ensemble, width, 1))
         self.ensemble = ensemble
+        for layer in self:
+            for weight in layer.weight.data if isinstance(layer, EnsembleLinear) else ():
+                nn.init.orthogonal_(weight, gain=math.sqrt(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate all members on (..., in) and return (E, ...)."""
@@ -237,6 +238,8 @@ class NormedEnsemble(nn.Sequential):
             width = features
         super().__init__(*layers, EnsembleLinear(ensemble, width, out_features))
         self.ensemble = ensemble
+        for weight in self.linear_weights():
+            nn.init.trunc_normal_(weight, std=0.02)
 
     def linear_weights(self) -> list[nn.Parameter]:
         """List the weights of the linear maps, (E, in, out) each, from the input to the output."""

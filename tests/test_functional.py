@@ -147,6 +147,13 @@ def dense_two_hot(target: Tensor, num_bins: int, vmin: float, vmax: float) -> Te
     return result
 
 
+def test_one_bin_is_a_plain_scalar_with_a_squared_error() -> None:
+    logits = torch.tensor([[2.0], [-30_000.0]])
+    bins = torch.zeros(1)
+    assert two_hot_decode(logits, bins).tolist() == two_hot_decode(logits, bins, False).tolist() == [2.0, -30_000.0]
+    assert two_hot_cross_entropy(logits, torch.tensor([5.0, -30_000.0]), -10.0, 10.0).tolist() == [9.0, 0.0]
+
+
 def test_two_hot_loss_of_known_numbers() -> None:
     # Bins -2..2. symlog(target) = 1/4 puts 3/4 on bin 0 and 1/4 on bin 1. Logits (0, 0, ln 2, 0, 0): the sum of
     # exponentials is 6 and the picked logit 3/4 ln 2.

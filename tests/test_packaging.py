@@ -39,7 +39,7 @@ FLOORS = {
     "rendering": 2,
     "latent_env": 2,
     "datasets": 2,
-    "checkpoints": 5,
+    "checkpoints": 2,
     "tdmpc2_losses": 2,
     "training": 2,
     "validation": 2,

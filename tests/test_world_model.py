@@ -132,7 +132,7 @@ def test_config_is_frozen() -> None:
         ({"regularizer": "dropout"}, "`regularizer` must be one of .* got 'dropout'"),
         ({"activation": "gelu"}, "`activation` must be one of .* got 'gelu'"),
         ({"latent_dim": 12}, "`latent_dim` must be a multiple of `simnorm_dim`, got 12 and 8"),
-        ({"num_bins": 1}, "num_bins >= 2"),
+        ({"num_bins": 0}, "num_bins >= 1"),
         ({"vmin": 10.0}, "vmin < vmax"),
         ({"num_q": 1}, "`num_q` must be 0 or >= 2"),
         ({"dropout": 1.0}, "`dropout` in .0, 1., got 0 and 1.0"),

@@ -2,5 +2,6 @@
 
 from pwm_gym.agents.policies import PWMPolicy, default_world_model_config
 from pwm_gym.agents.pwm import PWM
+from pwm_gym.agents.pwm_files import load_pwm_agent
 
-__all__ = ["PWM", "PWMPolicy", "default_world_model_config"]
+__all__ = ["PWM", "PWMPolicy", "default_world_model_config", "load_pwm_agent"]

@@ -128,6 +128,8 @@ def _task_fields(tasks: str | Sequence[str] | None, entries: Mapping[str, Tensor
     if is_published:
         fields["discounts"] = tuple(_discount(name) for name in names)
     if "_task_emb.weight" not in entries:
+        if "_action_masks" in entries:
+            raise ValueError("expected '_task_emb.weight' beside '_action_masks', got none.")
         return fields
     if is_published:
         fields["observation_dims"] = tuple(TASK_DIMS[name].observation for name in names)
@@ -167,7 +169,8 @@ def make_model(
             put_layers(reorder(parts[part.ours], inputs, outputs), model.get_submodule(part.ours))
     if model.task_embedding is not None:
         model.task_embedding.weight.data.copy_(entries["_task_emb.weight"])
-    if config.termination_head:
+    # Versions of early 2025 always saved this head: its biases are still 0 where it was never trained.
+    if any(layer.bias.any() for layer in parts.get("termination_head", ())):
         model.expect_termination()
     return model.eval()
 
