@@ -6,12 +6,12 @@ from pwm_gym import envs
 from pwm_gym.agents import PWM, load_pwm_agent
 from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_tdmpc2
 from pwm_gym.datasets import OfflineDataset
-from pwm_gym.envs.tasks import tasks
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.pretraining import pretrain
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
 from pwm_gym.serialization import UnsafeFileError
+from pwm_gym.task_sets import tasks
 from pwm_gym.training import fit_world_model
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 

@@ -107,7 +107,7 @@ class _SpinningPendulum(pendulum.SwingUp):
         return _ramp(np.linalg.norm(physics.angular_velocity()), 9)
 
 
-def _ramp(value: float, goal: float) -> float:
+def _ramp(value: Any, goal: float) -> float:
     """Return 1 from the goal on and less in proportion below, never under 0."""
     return tolerance(value, (goal, math.inf), margin=goal, value_at_margin=0, sigmoid="linear")
 

@@ -106,16 +106,16 @@ class _MetaWorld(Simulator):
         self.env = environments[f"{name}-v3-goal-observable"](seed=0)
         self.env._freeze_rand_vec = False  # place the objects anew at every reset …
         self.env.seeded_rand_vec = True  # … by `env.np_random`
-        self.env.model.camera(_CAMERA).pos = _CAMERA_POSITION
+        camera = self.env.model.camera(_CAMERA)
+        camera.pos = _CAMERA_POSITION
+        # It hangs upside down: roll it by half a turn.
+        self._mujoco.mju_mulQuat(camera.quat, camera.quat.copy(), np.array([0.0, 0.0, 0.0, 1.0]))
         self.control_timestep = self.env.dt
         self._renderer: Any = None
 
         state = self._mujoco.mjtState
         self._signature = (
-            state.mjSTATE_FULLPHYSICS
-            | state.mjSTATE_MOCAP_POS
-            | state.mjSTATE_MOCAP_QUAT
-            | state.mjSTATE_WARMSTART
+            state.mjSTATE_FULLPHYSICS | state.mjSTATE_MOCAP_POS | state.mjSTATE_MOCAP_QUAT | state.mjSTATE_WARMSTART
         )
         self.state_size = 1 + _OBSERVATION_DIM + self._mujoco.mj_stateSize(self.env.model, self._signature)
         # A reset first lets the hand settle among what the last episode left, then moves the furniture.
