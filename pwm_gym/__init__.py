@@ -8,12 +8,11 @@ from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_tdmpc2
 from pwm_gym.datasets import OfflineDataset
 from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
-from pwm_gym.pretraining import pretrain
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
 from pwm_gym.serialization import UnsafeFileError
 from pwm_gym.task_sets import tasks
-from pwm_gym.training import fit_world_model
+from pwm_gym.training import fit_world_model, pretrain
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 
 __all__ = [

@@ -11,8 +11,8 @@ import rich
 
 from pwm_gym.collection import collect
 from pwm_gym.datasets import OfflineDataset
-from pwm_gym.pretraining import PAPER, pretrain
 from pwm_gym.replay import SequenceReplayBuffer
+from pwm_gym.training import PAPER, pretrain
 
 __all__ = ["main"]
 

@@ -26,7 +26,7 @@ from pwm_gym import (
     load_pwm_agent,
     load_tdmpc2,
 )
-from pwm_gym.layers import latent_order
+from pwm_gym.checkpoints.layers import latent_order
 from pwm_gym.task_sets import TASK_DIMS
 
 OBS, ACT, Z, GROUP, ENC, MLP, BINS, Q, TASKS, EMB = 5, 3, 16, 8, 12, 10, 7, 3, 4, 6

@@ -17,8 +17,8 @@ import torch
 from pwm_gym import PWM, LatentVectorEnv, OfflineDataset, WorldModel, WorldModelConfig, pretrain
 from pwm_gym.cli import main
 from pwm_gym.datasets import Episode
-from pwm_gym.pretraining import PAPER
-from pwm_gym.validation import validate
+from pwm_gym.training import PAPER
+from pwm_gym.training.validation import validate
 
 TASKS = ("glide", "turn")
 SMALL: dict[str, Any] = {
@@ -110,7 +110,7 @@ def test_bfloat16_trains_and_keeps_float32_weights() -> None:
 
 
 def test_cosine_schedule_warms_up_and_ends_near_0() -> None:
-    from pwm_gym.pretraining import _Run
+    from pwm_gym.training.pretraining import _Run
 
     model = WorldModel(WorldModelConfig(3, 2, latent_dim=16))
     settings = {"learning_rate": 1e-3, "updates": 14, "warmup": 4, "learning_rate_schedule": "cosine"}

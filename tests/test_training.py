@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pwm_gym import DictSequenceReplayBuffer, SequenceReplayBuffer, WorldModel, WorldModelConfig, fit_world_model
 from pwm_gym.functional import two_hot_cross_entropy
-from pwm_gym.tdmpc2_losses import PlanningLearner, episode_discount
 from pwm_gym.training import (
     fast_matmul,
     frozen,
@@ -21,6 +20,7 @@ from pwm_gym.training import (
     update_world_model,
     world_model_loss,
 )
+from pwm_gym.training.planning_learner import PlanningLearner, episode_discount
 
 BOX = spaces.Box(-10.0, 10.0, (2,), np.float32)
 DICT = spaces.Dict({"first": spaces.Box(-10.0, 10.0, (1,)), "second": spaces.Box(-10.0, 10.0, (1,))})

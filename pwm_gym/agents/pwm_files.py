@@ -14,9 +14,9 @@ from torch import nn
 
 from pwm_gym.agents.policies import PWMPolicy
 from pwm_gym.agents.pwm import PWM
+from pwm_gym.checkpoints.layers import latent_order, layers_of, put_layers, read_layers, reorder
 from pwm_gym.checkpoints.pwm import moments, pwm_world_model, read_pwm
 from pwm_gym.latent_env import LatentVectorEnv
-from pwm_gym.layers import latent_order, layers_of, put_layers, read_layers, reorder
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["load_pwm_agent"]

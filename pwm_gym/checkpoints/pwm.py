@@ -10,10 +10,10 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from pwm_gym.checkpoints.hub import local_file
+from pwm_gym.checkpoints.layers import layers_of
 from pwm_gym.checkpoints.tdmpc2 import make_model, pick_tensors
 from pwm_gym.foreign import read_torch_file
-from pwm_gym.hub import local_file
-from pwm_gym.layers import layers_of
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["load_pwm", "moments", "pwm_world_model", "read_pwm"]

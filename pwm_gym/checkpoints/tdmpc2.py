@@ -10,14 +10,14 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from pwm_gym.checkpoints.hub import local_file
+from pwm_gym.checkpoints.layers import Layer, latent_order, layers_of, put_layers, read_layers, reorder
 from pwm_gym.foreign import read_torch_file
-from pwm_gym.hub import local_file
-from pwm_gym.layers import Layer, latent_order, layers_of, put_layers, read_layers, reorder
-from pwm_gym.planning_heads import LOG_STD_MAX, LOG_STD_MIN
 from pwm_gym.serialization import atomic_write
 from pwm_gym.task_sets import TASK_DIMS
 from pwm_gym.task_sets import tasks as tasks_of
 from pwm_gym.world_model import WorldModel, WorldModelConfig
+from pwm_gym.world_model.planning_heads import LOG_STD_MAX, LOG_STD_MIN
 
 __all__ = ["export_tdmpc2", "load_tdmpc2", "make_model", "pick_tensors"]
 
@@ -190,7 +190,7 @@ def load_tdmpc2(
 
     Sizes are told by the shapes. Value ensemble, policy prior and termination head are kept where the file has them.
     The model predicts what TD-MPC2's code does; its latents hold the same features in another order
-    (`pwm_gym.layers.latent_order`).
+    (`pwm_gym.checkpoints.layers.latent_order`).
 
     Args:
         source: A file, or one on the Hugging Face hub as "hf://owner/repository/path/in/it".

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from pwm_gym.functional import two_hot_cross_entropy, two_hot_decode
 from pwm_gym.networks import ACTIVATIONS, SimNorm, mlp
-from pwm_gym.planning_heads import PolicyPrior, PriorSample, ValueEnsemble
-from pwm_gym.real_spaces import check_spaces, flatten_observations, leading, unbounded
 from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
-from pwm_gym.single_task import fold_task
-from pwm_gym.world_model_config import PRESETS, WorldModelConfig
+from pwm_gym.world_model.config import PRESETS, WorldModelConfig
+from pwm_gym.world_model.planning_heads import PolicyPrior, PriorSample, ValueEnsemble
+from pwm_gym.world_model.real_spaces import check_spaces, flatten_observations, leading, unbounded
+from pwm_gym.world_model.single_task import fold_task
 
 __all__ = ["PRESETS", "WorldModel", "WorldModelConfig"]
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.preprocessing import is_image_space, preprocess_ob
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
 
-from pwm_gym.world_model_config import WorldModelConfig
+from pwm_gym.world_model.config import WorldModelConfig
 
 __all__ = ["check_spaces", "flatten_observations", "leading", "unbounded"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pwm_gym.progress import show_progress
 from pwm_gym.replay import WindowSource
-from pwm_gym.tdmpc2_losses import PlanningLearner
+from pwm_gym.training.planning_learner import PlanningLearner
 from pwm_gym.world_model import WorldModel
 
 __all__ = [
@@ -78,7 +78,7 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 def make_model_optimizer(world_model: WorldModel, learning_rate: float, **kwargs: Any) -> torch.optim.Adam:
     """Make the model's Adam: encoder and features extractor learn at 0.3 of the rate of the rest, as in TD-MPC2.
 
-    A policy prior is left out: it has a loss and an optimizer of its own (`tdmpc2_losses.PlanningLearner`).
+    A policy prior is left out: it has a loss and an optimizer of its own (`PlanningLearner`).
 
     Args:
         world_model: The model.

@@ -23,11 +23,11 @@ from pwm_gym.datasets import OfflineDataset
 from pwm_gym.progress import show_progress
 from pwm_gym.replay import SequenceSamples
 from pwm_gym.serialization import atomic_write, load_tensors, to_json
-from pwm_gym.tdmpc2_losses import PlanningLearner, episode_discount
-from pwm_gym.training import fast_matmul, make_model_optimizer, set_learning_rate, update_world_model
-from pwm_gym.validation import TaskValidation, plot_validation, validate, write_validation
+from pwm_gym.training.fitting import fast_matmul, make_model_optimizer, set_learning_rate, update_world_model
+from pwm_gym.training.planning_learner import PlanningLearner, episode_discount
+from pwm_gym.training.validation import TaskValidation, plot_validation, validate, write_validation
 from pwm_gym.world_model import WorldModel
-from pwm_gym.world_model_config import WorldModelConfig
+from pwm_gym.world_model.config import WorldModelConfig
 
 __all__ = ["PAPER", "pretrain"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pwm_gym.world_model_config import WorldModelConfig
+from pwm_gym.world_model.config import WorldModelConfig
 
 __all__ = ["fold_task"]
 

@@ -1,0 +1,24 @@
+"""Fitting world models: online and offline, with or without what planners need."""
+
+from pwm_gym.training.fitting import (
+    fast_matmul,
+    fit_world_model,
+    frozen,
+    make_model_optimizer,
+    set_learning_rate,
+    update_world_model,
+)
+from pwm_gym.training.pretraining import PAPER, pretrain
+from pwm_gym.training.validation import validate
+
+__all__ = [
+    "PAPER",
+    "fast_matmul",
+    "fit_world_model",
+    "frozen",
+    "make_model_optimizer",
+    "pretrain",
+    "set_learning_rate",
+    "update_world_model",
+    "validate",
+]
