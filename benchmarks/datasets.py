@@ -97,8 +97,8 @@ def train(folder):
     """Fit a model of 5M parameters to one task, and count the windows that it saw."""
     dataset = OfflineDataset.load(folder / "dataset").of_tasks("walker-run")
     torch.manual_seed(0)
-    sizes = {"observation_dim": dataset.observation_dim, "action_dim": dataset.action_dim}
-    model = WorldModel(WorldModelConfig.preset("5M", **sizes), dataset.observation_space, dataset.action_space)
+    config = WorldModelConfig.preset("5M", observation_dim=dataset.observation_dim, action_dim=dataset.action_dim)
+    model = WorldModel(config, dataset.observation_space, dataset.action_space)
     updates = 10
     fit_world_model(model, dataset, updates, BATCH_SIZE, HORIZON, rho=0.99, seed=0)
     return updates * BATCH_SIZE, "windows"

@@ -7,6 +7,7 @@ from pwm_gym.training.fitting import (
     make_model_optimizer,
     set_learning_rate,
     update_world_model,
+    world_model_loss,
 )
 from pwm_gym.training.pretraining import PAPER, pretrain
 from pwm_gym.training.validation import validate
@@ -21,4 +22,5 @@ __all__ = [
     "set_learning_rate",
     "update_world_model",
     "validate",
+    "world_model_loss",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "make_model_optimizer",
     "set_learning_rate",
     "update_world_model",
+    "world_model_loss",
 ]
 
 # Loss weights of TD-MPC2 (arXiv:2310.16828, table 7).
