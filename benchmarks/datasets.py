@@ -89,7 +89,7 @@ def sample(folder):
     batches = 1000
     for _ in range(batches):
         windows = dataset.sample_windows(BATCH_SIZE, HORIZON, rng)
-    size = sum(tensor.nbytes for tensor in windows)
+    size = sum(tensor.nbytes for tensor in (windows.observations, windows.actions, windows.rewards))
     return batches * size / 1e6, "MB"
 
 

@@ -10,6 +10,7 @@ from pwm_gym.pretraining import pretrain
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
 from pwm_gym.serialization import UnsafeFileError
+from pwm_gym.task_sets import tasks
 from pwm_gym.training import fit_world_model
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 
@@ -26,6 +27,7 @@ __all__ = [
     "as_sb3_vec_env",
     "fit_world_model",
     "pretrain",
+    "tasks",
 ]
 
 try:

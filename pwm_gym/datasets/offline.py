@@ -154,7 +154,7 @@ class OfflineDataset:
         store, episode = self._store, self._episodes[index]
         first, length = int(store.first_step[episode]), int(store.lengths[episode])
         steps, rows = slice(first, first + length), slice(first + episode, first + episode + length + 1)
-        store.count_reads(3, 4 * length * (self.observation_dim + self.action_dim + 1))
+        store.count_read(4 * length * (store.observations.shape[1] + store.actions.shape[1] + 1))
         return Episode(
             store.observations[rows, : self.observation_dim],
             store.actions[steps, : self.action_dim],
@@ -177,7 +177,7 @@ class OfflineDataset:
             end = max(begin + 1, int(np.searchsorted(ends, first + _CHUNK_STEPS, "right")))
             rewards = self._store.rewards[first : int(ends[end - 1])].astype(np.float64)
             totals[begin:end] = np.add.reduceat(rewards, self._store.first_step[begin:end] - first)
-            self._store.count_reads(1, rewards.nbytes // 2)
+            self._store.count_read(rewards.nbytes // 2)
             begin = end
         return totals[self._episodes]
 
@@ -266,14 +266,12 @@ class OfflineDataset:
         """
         index, step = self._draw(batch_size, horizon, rng)
         store, episodes = self._store, self._episodes[index]
-        steps = store.first_step[episodes] + step + np.arange(horizon)[:, None]  # (H, B)
-        rows = np.concatenate([steps, steps[-1:] + 1]) + episodes  # (H + 1, B)
-        observations: Any = store.observations[rows][..., : self.observation_dim]  # (H + 1, B, O)
-        actions = store.actions[steps][..., : self.action_dim]  # (H, B, A)
-        rewards = store.rewards[steps]  # (H, B)
+        first = store.first_step[episodes] + step  # (B,)
+        observations: Any = store.windows("observations", first + episodes, horizon + 1)[..., : self.observation_dim]
+        actions = store.windows("actions", first, horizon)[..., : self.action_dim]  # (H, B, A)
+        rewards = store.windows("rewards", first, horizon)  # (H, B)
         terminated = np.zeros((horizon, batch_size), bool)
         terminated[-1] = store.terminated[episodes] & (step + horizon == self._lengths[index])
-        store.count_reads(3 * batch_size)
         if normalizer is not None:
             observations = np.asarray(normalizer.normalize_obs(observations), np.float32)
             rewards = np.asarray(normalizer.normalize_reward(rewards), np.float32)
@@ -304,9 +302,8 @@ class OfflineDataset:
             )
         index, step = self._draw(batch_size, 1, rng)
         episodes = self._episodes[index]
-        self._store.count_reads(batch_size)
         rows = self._store.first_step[episodes] + episodes + step
-        return Starts(self._store.observations[rows][:, : self.observation_dim])
+        return Starts(self._store.windows("observations", rows, 1)[0, :, : self.observation_dim])
 
     # Files
 

@@ -8,7 +8,8 @@ import mmap
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -29,9 +30,7 @@ ARRAYS = {
     "terminated": ("|b1", "episode"),
     "truncated": ("|b1", "episode"),
 }
-# Faulting in one page of a mapped file maps up to 16 around it; so much is counted for each read.
-_PAGES_AROUND = 16 * 4096
-_MAPPED_BUDGET = 512 * 2**20
+_MAPPED_BUDGET = 256 * 2**20  # of mapped pages, which are given back when more were read
 
 
 class Episode(NamedTuple):
@@ -75,23 +74,34 @@ def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
+class _MappedFile:
+    """An open file and its map; the file is closed with the last reference."""
+
+    def __init__(self, descriptor: int, start: int) -> None:
+        self.descriptor, self.start = os.dup(descriptor), start
+        weakref.finalize(self, os.close, self.descriptor)
+        self.mapping = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+
+
 class Store:
     """A dataset's flat arrays, in memory or mapped from a folder.
 
     Args:
         layout: What the rows mean.
         arrays: Every array of `ARRAYS`.
-        maps: Memory maps behind them.
+        files: Open files that the arrays are mapped from, with what stands before the first row.
     """
 
-    def __init__(self, layout: Layout, arrays: Mapping[str, np.ndarray], maps: Sequence[mmap.mmap] = ()) -> None:
+    def __init__(
+        self, layout: Layout, arrays: Mapping[str, np.ndarray], files: Mapping[str, _MappedFile] | None = None
+    ) -> None:
         layout.check()
         self.layout = layout
         self.observations, self.actions, self.rewards = (arrays[k] for k in ("observations", "actions", "rewards"))
         self.lengths, self.tasks = arrays["lengths"].astype(np.int64), arrays["tasks"].astype(np.int64)
         self.terminated, self.truncated = np.array(arrays["terminated"]), np.array(arrays["truncated"])
         self.first_step = np.cumsum(self.lengths) - self.lengths  # (E,); observations of episode e start e rows later
-        self._maps, self._touched = maps, 0
+        self._files, self._touched = files or {}, 0
         steps, episodes = int(self.lengths.sum()), len(self.lengths)
         for name, rows in {"observations": steps + episodes, "actions": steps, "rewards": steps}.items():
             expected = (rows, *layout.shapes().get(name, ()))
@@ -137,19 +147,35 @@ class Store:
     @property
     def is_mapped(self) -> bool:
         """Whether the arrays are mapped from files."""
-        return bool(self._maps)
+        return bool(self._files)
 
-    def count_reads(self, reads: int, size: int = 0) -> None:
-        """Give pages of mapped files back when many were touched, so that they don't add up to the whole file.
+    def windows(self, name: str, first: np.ndarray, count: int) -> np.ndarray:
+        """Gather rows first[b] to first[b] + count of "observations", "actions" or "rewards", (count, B, *row).
 
-        Args:
-            reads: Places that were read.
-            size: Bytes read there, beyond a page or two at each.
+        Files are read rather than touched through their maps: that takes what is asked for and no pages around it, and
+        leaves no memory in use. All reads are announced first, so that the disk can serve them side by side.
         """
-        self._touched += reads * _PAGES_AROUND + size
-        if self._maps and self._touched > _MAPPED_BUDGET:
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)  # they stay in the page cache as long as there is room
+        array = getattr(self, name)
+        if name not in self._files:
+            return array[first + np.arange(count)[:, None]]
+        file = self._files[name]
+        rows = np.empty((len(first), count, *array.shape[1:]), array.dtype)
+        size = rows[0].nbytes
+        offsets = (file.start + first * array[:1].nbytes).tolist()
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            for offset in offsets:
+                os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        read = sum(os.preadv(file.descriptor, [row], offset) for row, offset in zip(rows, offsets, strict=True))
+        if read != rows.nbytes:
+            raise ValueError(f"expected {rows.nbytes} bytes of {name!r}, got {read}. Was the file changed?")
+        return np.ascontiguousarray(rows.swapaxes(0, 1))
+
+    def count_read(self, size: int) -> None:
+        """Give mapped pages back when `size` more bytes make too many, so that they don't add up to the whole file."""
+        self._touched += size
+        if self._touched > _MAPPED_BUDGET:
+            for file in self._files.values():
+                file.mapping.madvise(mmap.MADV_DONTNEED)  # they stay in the page cache as long as there is room
             self._touched = 0
 
     @classmethod
@@ -170,7 +196,7 @@ class Store:
             if manifest["format"] != FORMAT:
                 raise ValueError(f"format {manifest['format']!r} instead of {FORMAT!r}")
             layout = Layout(*(tuple(manifest[field]) for field in Layout._fields))
-            arrays, maps = {}, []
+            arrays, files = {}, {}
             for name, (dtype, _) in ARRAYS.items():
                 shape = tuple(manifest["arrays"][name])
                 with open(folder / f"{name}.npy", "rb") as file:
@@ -180,11 +206,9 @@ class Store:
                     if in_memory or not size:
                         arrays[name] = np.fromfile(file, dtype).reshape(shape)
                     else:
-                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                        mapped.madvise(mmap.MADV_RANDOM)
-                        maps.append(mapped)
-                        arrays[name] = np.frombuffer(mapped, dtype, offset=len(header)).reshape(shape)
-            return cls(layout, arrays, maps)
+                        files[name] = _MappedFile(file.fileno(), len(header))
+                        arrays[name] = np.frombuffer(files[name].mapping, dtype, offset=len(header)).reshape(shape)
+            return cls(layout, arrays, files)
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(
                 f"expected a whole dataset at {os.fspath(path)!r}, got a damaged one ({error}). Copy it again."

@@ -2,9 +2,19 @@
 
 import gymnasium as gym
 
-from pwm_gym.envs.tasks import DM_CONTROL_TASKS, ENTRY_POINTS
+from pwm_gym.envs.multi_task import PaddedTask, multi_task_vector_env
+from pwm_gym.envs.tasks import CUSTOM_TASKS, DM_CONTROL_TASKS, ENTRY_POINTS, META_WORLD_TASKS, TASK_DIMS, TaskDims
 
-__all__ = ["DM_CONTROL_TASKS", "register"]
+__all__ = [
+    "CUSTOM_TASKS",
+    "DM_CONTROL_TASKS",
+    "META_WORLD_TASKS",
+    "TASK_DIMS",
+    "PaddedTask",
+    "TaskDims",
+    "multi_task_vector_env",
+    "register",
+]
 
 
 def register() -> None:

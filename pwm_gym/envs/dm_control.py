@@ -1,18 +1,12 @@
 """dm_control's tasks as plain Gymnasium environments, with TD-MPC2's conventions."""
 
-import difflib
 import math
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 
-from pwm_gym.envs.gl_backend import choose_gl_backend, require_gl_backend, require_own_process
-from pwm_gym.envs.tasks import DM_CONTROL_TASKS
-
-# Control steps in an episode, before action repeat: the suite's own limit for every task here.
-EPISODE_CONTROL_STEPS = 1000
+from pwm_gym.envs.physics_env import PhysicsEnv, Simulator
+from pwm_gym.envs.tasks import CUSTOM_TASKS, DM_CONTROL_TASKS
 
 # Where TD-MPC2's name of a domain isn't the suite's.
 _DOMAINS = {"cup": "ball_in_cup"}
@@ -26,8 +20,8 @@ _MODEL_STATE = {
 }
 
 
-class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
-    """One task of dm_control's suite, with the conventions of TD-MPC2 (arXiv:2310.16828).
+class DMControlEnv(PhysicsEnv):
+    """One task of dm_control's suite or of `custom_tasks`, with the conventions of TD-MPC2 (arXiv:2310.16828).
 
     - Observations: the entries of the task's own dictionary, flattened and concatenated in the
       task's own order (`gymnasium.spaces.Dict` would sort them), (O,), float32.
@@ -65,11 +59,9 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         max_episode_steps: Env steps in an episode.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}
-
-    # dm_control's environment and its `_PhysicsState`; both None after `close`.
-    _env: Any
-    _physics_state: Any
+    _tasks = DM_CONTROL_TASKS + CUSTOM_TASKS
+    # The suite's own limit for every task here.
+    _episode_control_steps = 1000
 
     def __init__(
         self,
@@ -83,7 +75,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         """Load the task.
 
         Args:
-            task: TD-MPC2's name of the task, one of `pwm_gym.envs.DM_CONTROL_TASKS`.
+            task: TD-MPC2's name of the task, one of `pwm_gym.tasks("MT30")`.
             action_repeat: Control steps per env step, at least 1.
             render_mode: None, or "rgb_array" for frames from `render`.
             height: Height of a frame in pixels.
@@ -96,197 +88,69 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
             gymnasium.error.DependencyNotInstalled: If frames are asked for and there is no OpenGL
                 library to draw them.
         """
-        _check_arguments(task, action_repeat, render_mode, height, width)
-        if render_mode is not None:
-            require_gl_backend()
-        self.task = task
-        self.action_repeat = action_repeat
-        self.render_mode = render_mode
-        self.height = height
-        self.width = width
-        self.camera_id = camera_id
-        self.max_episode_steps = math.ceil(EPISODE_CONTROL_STEPS / action_repeat)
-        self._control_steps = 0
-        self._needs_reset = True
-        self._load()
+        super().__init__(task, action_repeat, render_mode, height, width, camera_id)
 
-        actions = self._env.action_spec()
-        self._action_middle = (actions.maximum + actions.minimum) / 2  # (A,)
-        self._action_radius = (actions.maximum - actions.minimum) / 2  # (A,)
-        self.action_space = spaces.Box(-1.0, 1.0, actions.shape, np.float32)
-        size = sum(math.prod(spec.shape) for spec in self._env.observation_spec().values())
-        # Finite bounds: Gymnasium's checker warns of infinite ones.
-        limit = np.finfo(np.float32).max
-        self.observation_space = spaces.Box(-limit, limit, (size,), np.float32)
-        fps = round(1 / (self._env.control_timestep() * action_repeat), 6)
-        self.metadata = {**self.metadata, "render_fps": int(fps) if fps.is_integer() else fps}
+    def _load(self) -> Simulator:
+        return _DMControl(self.task, self.height, self.width)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode.
 
-        Args:
-            seed: Seed of `self.np_random`; None goes on with its present state.
-            options: Unused.
+class _DMControl(Simulator):
+    """dm_control's environment of a task.
 
-        Returns:
-            The first observation, (O,), float32, and the infos.
+    Attributes:
+        env: dm_control's environment.
+    """
 
-        Raises:
-            gymnasium.error.ClosedEnvironmentError: If the env was closed.
-        """
-        self._require_open()
-        super().reset(seed=seed)
-        self._env.task.random.seed(int(self.np_random.integers(2**32)))
-        observation = _flatten(self._env.reset().observation)
-        self._control_steps = 0
-        self._needs_reset = False
-        return observation, {"physics_state": self._physics_state.read()}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Repeat an action for `action_repeat` control steps, fewer where the episode ends before.
-
-        Args:
-            action: (A,), in [-1, 1]; values outside are clipped.
-
-        Returns:
-            The observation, (O,), float32; the sum of the rewards; whether the task ended the
-            episode, which none in the table does; whether the time limit did; the infos.
-
-        Raises:
-            ValueError: If the action has a wrong shape or isn't finite.
-            gymnasium.error.ResetNeeded: If no episode is running.
-        """
-        if self._needs_reset:
-            raise gym.error.ResetNeeded(
-                f"`step` expected a running episode of {self.task}, got one that is over or has "
-                "not begun. Call `reset` first."
-            )
-        control = self._action_middle + self._action_radius * self._checked(action)  # (A,)
-        reward = 0.0
-        for _ in range(self.action_repeat):
-            timestep = self._env.step(control)
-            reward += float(timestep.reward)
-            self._control_steps += 1
-            if timestep.last() or self._control_steps == EPISODE_CONTROL_STEPS:
-                break
-        _, _, terminated, truncated, _ = self._convert(timestep)
-        truncated = truncated or self._control_steps == EPISODE_CONTROL_STEPS
-        self._needs_reset = terminated or truncated
-        infos = {"physics_state": self._physics_state.read()}
-        return _flatten(timestep.observation), reward, terminated, truncated, infos
-
-    def set_physics_state(self, state: np.ndarray) -> np.ndarray:
-        """Put the simulator into a state that an env of the same task reported.
-
-        `step` goes on from there, with a fresh time limit, and `render` draws it. No earlier
-        `reset` is needed, and `self.np_random` is left alone.
-
-        Args:
-            state: `infos["physics_state"]`, (P,).
-
-        Returns:
-            The observation of that state, (O,), float32.
-
-        Raises:
-            ValueError: If the state has a wrong shape or isn't finite.
-            gymnasium.error.ClosedEnvironmentError: If the env was closed.
-        """
-        self._require_open()
-        state = np.asarray(state, np.float64)
-        if state.shape != (self._physics_state.size,) or not np.isfinite(state).all():
-            raise ValueError(
-                f"`state` must be finite, of shape ({self._physics_state.size},), got {state} of "
-                f'shape {state.shape}. Give the infos["physics_state"] of an env of the same task, '
-                f"{self.task}."
-            )
-        self._physics_state.write(state)
-        self._control_steps = 0
-        self._needs_reset = False
-        return _flatten(self._env.task.get_observation(self._env.physics))
-
-    def render(self) -> np.ndarray | None:
-        """Draw the simulator's present state.
-
-        Returns:
-            The frame, (height, width, 3), uint8, or None without a render mode.
-
-        Raises:
-            gymnasium.error.ClosedEnvironmentError: If the env was closed.
-            RuntimeError: If this process was forked after its parent had drawn a frame.
-        """
-        if self.render_mode is None:
-            gym.logger.warn(
-                "`render` was called without a render mode, so there is no frame. Make the env "
-                f'with gym.make("pwm_gym/{self.task}-v0", render_mode="rgb_array").'
-            )
-            return None
-        self._require_open()
-        require_own_process()
-        frame = self._env.physics.render(self.height, self.width, self.camera_id)
-        return np.ascontiguousarray(frame)  # (height, width, 3)
-
-    def close(self) -> None:
-        """Free the simulator and its rendering context; the env can't be used afterwards."""
-        if self._env is not None:
-            self._env.physics.free()
-            self._env.close()
-        self._env = self._physics_state = None
-        self._needs_reset = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Keep everything but the simulator, and of that its physics state."""
-        state = self.__dict__.copy()
-        del state["_env"], state["_convert"]
-        if self._physics_state is not None:
-            state["_physics_state"] = self._physics_state.read()
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load the simulator again and put it where it was."""
-        self.__dict__.update(state)
-        self._load()
-        if state["_physics_state"] is None:
-            self.close()
-        else:
-            self._physics_state.write(state["_physics_state"])
-
-    def _load(self) -> None:
-        """Load the simulator: `_env`, its `_physics_state`, and shimmy's `_convert`."""
+    def __init__(self, task: str, height: int, width: int) -> None:
+        """Load the task; frames can be drawn up to the height and width in pixels, or MuJoCo's buffer if larger."""
         suite, self._convert = _import_simulator()
-        domain, _, task = self.task.partition("-")
+        domain, _, name = task.partition("-")
         domain = _DOMAINS.get(domain, domain)
-        # This class keeps the time, so that `set_physics_state` can begin it anew.
+        # `PhysicsEnv` keeps the time, so that `set_physics_state` can begin it anew.
         task_kwargs = {"random": 0, "time_limit": math.inf}
-        self._env = suite.load(domain, task.replace("-", "_"), task_kwargs=task_kwargs)
-        # A reset also writes constants into the model (sizes, damping). `set_physics_state` needs
+        if task in CUSTOM_TASKS:
+            from pwm_gym.envs import custom_tasks
+
+            self.env = custom_tasks.load(task, **task_kwargs)
+        else:
+            self.env = suite.load(domain, name.replace("-", "_"), task_kwargs=task_kwargs)
+        # A reset also writes constants into the model (sizes, damping). `write_state` needs
         # them, and may be called before the user's first reset.
-        self._env.reset()
-        self._physics_state = _PhysicsState(self._env.physics, _MODEL_STATE.get(domain))
+        self.env.reset()
+        self._physics_state = _PhysicsState(self.env.physics, _MODEL_STATE.get(domain))
+        self.state_size = self._physics_state.size
+        self.control_timestep = self.env.control_timestep()
         # MuJoCo draws no frame larger than this buffer.
-        buffer = self._env.physics.model.vis.global_
-        buffer.offheight = max(buffer.offheight, self.height)
-        buffer.offwidth = max(buffer.offwidth, self.width)
+        buffer = self.env.physics.model.vis.global_
+        buffer.offheight = max(buffer.offheight, height)
+        buffer.offwidth = max(buffer.offwidth, width)
+        bounds = self.env.action_spec()
+        self._action_middle = (bounds.maximum + bounds.minimum) / 2  # (A,)
+        self._action_radius = (bounds.maximum - bounds.minimum) / 2  # (A,)
 
-    def _require_open(self) -> None:
-        """Raise ClosedEnvironmentError after `close`."""
-        if self._env is None:
-            raise gym.error.ClosedEnvironmentError(
-                f"Expected an open env of {self.task}, got a closed one. "
-                f'Make another with gym.make("pwm_gym/{self.task}-v0").'
-            )
+    def begin(self, seed: int) -> np.ndarray:
+        self.env.task.random.seed(seed)
+        return _flatten(self.env.reset().observation)
 
-    def _checked(self, action: np.ndarray) -> np.ndarray:
-        """Return the action, (A,), in float64 and clipped to [-1, 1], or raise ValueError."""
-        action = np.asarray(action, np.float64)
-        if action.shape != self.action_space.shape or not np.isfinite(action).all():
-            raise ValueError(
-                f"`action` must be finite, of shape {self.action_space.shape}, got {action} of "
-                f"shape {action.shape}. Give one number in [-1, 1] per actuator; if it is NaN, "
-                "look at the policy that chose it."
-            )
-        return np.minimum(np.maximum(action, -1.0), 1.0)
+    def advance(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
+        timestep = self.env.step(self._action_middle + self._action_radius * action)
+        _, _, terminated, _, _ = self._convert(timestep)
+        return _flatten(timestep.observation), float(timestep.reward), terminated, {}
+
+    def read_state(self) -> np.ndarray:
+        return self._physics_state.read()
+
+    def write_state(self, state: np.ndarray) -> np.ndarray:
+        self._physics_state.write(state)
+        return _flatten(self.env.task.get_observation(self.env.physics))
+
+    def draw(self, height: int, width: int, camera_id: int | str) -> np.ndarray:
+        frame: np.ndarray = self.env.physics.render(height, width, camera_id)
+        return frame
+
+    def free(self) -> None:
+        self.env.physics.free()
+        self.env.close()
 
 
 class _PhysicsState:
@@ -344,24 +208,6 @@ class _PhysicsState:
         self._data.sensordata[self._force_sensors] = state[self._sensors_at : self._target_at]
 
 
-def _check_arguments(task: str, action_repeat: int, render_mode: str | None, height: int, width: int) -> None:
-    """Raise ValueError for a constructor argument that can't be."""
-    if task not in DM_CONTROL_TASKS:
-        near = difflib.get_close_matches(str(task), DM_CONTROL_TASKS, cutoff=0.4)
-        raise ValueError(
-            f"`task` must be one of pwm_gym.envs.DM_CONTROL_TASKS, got {task!r}. "
-            f"Choose from {', '.join(near or DM_CONTROL_TASKS)}."
-        )
-    if render_mode not in (None, "rgb_array"):
-        raise ValueError(
-            f'`render_mode` must be None or "rgb_array", got {render_mode!r}. '
-            'Give "rgb_array" and show the frames that `render` returns.'
-        )
-    for name, value in {"action_repeat": action_repeat, "height": height, "width": width}.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be >= 1, got {value}. Leave it out for the default.")
-
-
 def _flatten(observation: dict[str, np.ndarray | float]) -> np.ndarray:
     """Concatenate a task's observation in its own order, (O,), float32."""
     entries = [np.ravel(entry) for entry in observation.values()]
@@ -369,7 +215,7 @@ def _flatten(observation: dict[str, np.ndarray | float]) -> np.ndarray:
 
 
 def _import_simulator() -> tuple[Any, Any]:
-    """Import dm_control and shimmy, with MuJoCo's OpenGL backend chosen before.
+    """Import dm_control and shimmy; MuJoCo's OpenGL backend must have been chosen before.
 
     Returns:
         dm_control's `suite`, and shimmy's converter of dm_env's time steps to Gymnasium's values.
@@ -377,7 +223,6 @@ def _import_simulator() -> tuple[Any, Any]:
     Raises:
         ImportError: If one of them isn't installed.
     """
-    choose_gl_backend()
     try:
         from dm_control import suite
         from shimmy.utils.dm_env import dm_env_step2gym_step

@@ -17,11 +17,12 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 import pwm_gym
 from pwm_gym.envs.dm_control import _MODEL_STATE, DMControlEnv
 from pwm_gym.envs.gl_backend import choose_gl_backend
-from pwm_gym.envs.tasks import DM_CONTROL_TASKS
+from pwm_gym.envs.tasks import CUSTOM_TASKS, DM_CONTROL_TASKS
 
 CAN_DRAW = choose_gl_backend() != "disable"
 draws = pytest.mark.skipif(not CAN_DRAW, reason="no OpenGL library on this machine")
-every_task = pytest.mark.parametrize("task", DM_CONTROL_TASKS)
+every_task = pytest.mark.parametrize("task", DM_CONTROL_TASKS + CUSTOM_TASKS)
+suites_task = pytest.mark.parametrize("task", DM_CONTROL_TASKS)
 
 # task: (domain and task in the suite, O, A, the entries in TD-MPC2's order)
 SUITE = {
@@ -90,8 +91,9 @@ def test_the_table_is_the_suite_part_of_mt30():
 def test_import_loads_no_simulator():
     code = (
         "import sys, gymnasium, pwm_gym\n"
-        "assert len([i for i in gymnasium.registry if i.startswith('pwm_gym/')]) >= 20\n"
-        "assert not {'dm_control', 'mujoco', 'shimmy'} & set(sys.modules)\n"
+        "assert len([i for i in gymnasium.registry if i.startswith('pwm_gym/')]) == 81\n"
+        "assert {*pwm_gym.tasks('MT80')} == {*pwm_gym.envs.TASK_DIMS}\n"
+        "assert not {'dm_control', 'metaworld', 'mujoco', 'shimmy'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -132,7 +134,7 @@ def test_made_env_runs_an_episode(task):
 # dm_control's own numbers
 
 
-@every_task
+@suites_task
 def test_spaces_have_the_published_sizes(task):
     _, _, observation_dim, action_dim, _ = SUITE[task]
     env = make(task)
@@ -142,7 +144,7 @@ def test_spaces_have_the_published_sizes(task):
     assert env.action_space == box(-1, 1, (action_dim,), np.float32)
 
 
-@every_task
+@suites_task
 def test_steps_equal_two_steps_of_dm_control(task):
     from dm_control import suite
 
@@ -166,7 +168,7 @@ def test_steps_equal_two_steps_of_dm_control(task):
         np.testing.assert_array_equal(observation, flat(second.observation).astype(np.float32))
 
 
-@every_task
+@suites_task
 def test_the_time_limit_is_the_suites(task):
     from dm_control import suite
 
@@ -196,7 +198,7 @@ def test_actions_are_scaled_and_clipped_to_the_tasks_bounds(monkeypatch):
     # The middle is 1, the radius 3.
     for action, control in [([-1, 1], [-2, 4]), ([0, 0.5], [1, 2.5]), ([-9, 9], [-2, 4])]:
         env.step(np.array(action))
-        np.testing.assert_array_equal(env._env.physics.control(), control)
+        np.testing.assert_array_equal(env._simulator.env.physics.control(), control)
 
 
 def test_one_control_step_per_action_without_repeat():
@@ -231,7 +233,7 @@ def test_the_limit_cuts_an_action_short():
 def test_discount_zero_is_a_termination_and_cuts_an_action_short(monkeypatch):
     env = make("cartpole-balance")
     env.reset(seed=0)
-    monkeypatch.setattr(env._env.task, "get_termination", lambda physics: 0.0)
+    monkeypatch.setattr(env._simulator.env.task, "get_termination", lambda physics: 0.0)
     _, reward, terminated, truncated, _ = env.step(np.zeros(1))
     assert (terminated, truncated) == (True, False)
     assert 0 < reward <= 1
@@ -308,10 +310,10 @@ def test_physics_state_repeats_the_future_exactly(task):
 
 @every_task
 def test_resets_change_nothing_of_the_model_but_what_the_state_holds(task):
-    domain = SUITE[task][0]
+    domain = task.split("-")[0]
     env = make(task)
     env.reset(seed=0)
-    model = env._env.physics.model
+    model = env._simulator.env.physics.model
     names = [n for n in dir(model.ptr) if isinstance(getattr(model.ptr, n), np.ndarray)]
     before = {name: getattr(model.ptr, name).copy() for name in names}
     for _ in range(3):
