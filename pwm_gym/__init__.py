@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pwm_gym import envs
 from pwm_gym.agents import PWM
+from pwm_gym.envs.factory import make_differentiable
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
@@ -22,6 +23,7 @@ __all__ = [
     "WorldModelConfig",
     "as_sb3_vec_env",
     "fit_world_model",
+    "make_differentiable",
 ]
 
 try:

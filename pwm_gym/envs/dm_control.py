@@ -206,6 +206,21 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         self._needs_reset = False
         return _flatten(self._env.task.get_observation(self._env.physics))
 
+    def get_physics_state(self) -> np.ndarray:
+        """Read the present state, (P,), float64, as `infos["physics_state"]` holds it.
+
+        Raises:
+            gymnasium.error.ClosedEnvironmentError: If the env was closed.
+        """
+        self._require_open()
+        return self._physics_state.read()
+
+    @property
+    def simulation(self) -> Any:
+        """dm_control's own environment, with its `physics` and `task`; time limits are kept outside it."""
+        self._require_open()
+        return self._env
+
     def render(self) -> np.ndarray | None:
         """Draw the simulator's present state.
 
