@@ -2,7 +2,7 @@
 
 import gymnasium as gym
 
-from pwm_gym.envs.tasks import DM_CONTROL_TASKS, ENTRY_POINTS
+from pwm_gym.envs.tasks import DM_CONTROL_TASKS, ENTRY_POINTS, TORCH_PHYSICS_TASKS
 
 __all__ = ["DM_CONTROL_TASKS", "register"]
 
@@ -25,5 +25,8 @@ def register() -> None:
     for task, entry_point in ENTRY_POINTS.items():
         if f"pwm_gym/{task}-v0" not in gym.registry:
             gym.register(f"pwm_gym/{task}-v0", entry_point=entry_point, kwargs={"task": task})
+    for system in TORCH_PHYSICS_TASKS:
+        if f"pwm_gym/{system}-v0" not in gym.registry:
+            gym.register(f"pwm_gym/{system}-v0", vector_entry_point=f"pwm_gym.envs.torch_physics:{system}")
     if "pwm_gym/Latent-v0" not in gym.registry:
         gym.register("pwm_gym/Latent-v0", vector_entry_point="pwm_gym.latent_env:LatentVectorEnv")

@@ -27,3 +27,6 @@ DM_CONTROL_TASKS = (
 ENTRY_POINTS = {
     **dict.fromkeys(DM_CONTROL_TASKS, "pwm_gym.envs.dm_control:DMControlEnv"),
 }
+
+# Systems of pwm_gym.envs.torch_physics, registered as vector envs.
+TORCH_PHYSICS_TASKS = ("TorchPendulum", "TorchCartPole", "TorchDoublePendulum", "TorchBallWall")
