@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pwm_gym import envs
-from pwm_gym.agents import PWM
+from pwm_gym.agents import PWM, SHAC
 from pwm_gym.envs.factory import make_differentiable
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
@@ -14,6 +14,7 @@ from pwm_gym.world_model import WorldModel, WorldModelConfig
 
 __all__ = [
     "PWM",
+    "SHAC",
     "DictSequenceReplayBuffer",
     "LatentObservation",
     "LatentVectorEnv",

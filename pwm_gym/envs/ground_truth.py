@@ -34,7 +34,7 @@ class GroundTruthVectorEnv(DifferentiableVectorEnv):
 
     Actions outside the action space are clipped to it and get no gradient there. The horizon is a truncation, never a
     termination. `infos["continue_prob"]` is 1 - terminated: ends have no gradient. `infos["jacobian_norm"]`, (B,), is
-    the size ‖∂s'/∂s‖ of each env's step where the subclass computes it; an adaptive horizon reads it.
+    the size ‖∂s'/∂s‖ / ‖I‖ of each env's step where the subclass computes it; an adaptive horizon reads it.
 
     A subclass implements `_begin`, `_advance`, `_cut`, `get_state` and `_write_state`.
 

@@ -235,7 +235,8 @@ class MujocoVectorEnv(GroundTruthVectorEnv):
         infos: dict[str, Tensor] = {}
         if step.jacobians is not None:
             jacobians, n = torch.from_numpy(step.jacobians), self.dynamics.tangent_dim
-            infos["jacobian_norm"] = self._outward(torch.linalg.matrix_norm(jacobians[:, :n, :n]))  # (B,), Frobenius
+            norm = torch.linalg.matrix_norm(jacobians[:, :n, :n]) / n**0.5  # Frobenius, and 1 for standing still
+            infos["jacobian_norm"] = self._outward(norm)  # (B,)
             self._tangent, observations, rewards = _TransitionFunction.apply(  # type: ignore[no-untyped-call]
                 self._tangent, inside, observations, rewards, jacobians
             )
