@@ -21,7 +21,15 @@ from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
 from pwm_gym.training import make_model_optimizer
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 
-__all__ = ["PWMActor", "PWMCritic", "PWMPolicy", "ReturnScale", "RunningMoments", "SafeFile", "default_world_model_config"]
+__all__ = [
+    "PWMActor",
+    "PWMCritic",
+    "PWMPolicy",
+    "ReturnScale",
+    "RunningMoments",
+    "SafeFile",
+    "default_world_model_config",
+]
 
 _LARGE_OBSERVATION = 17  # from this width on the default world model is the wider one
 

@@ -355,7 +355,7 @@ def _differentiable(env: Any) -> DifferentiableVectorEnv:
     if isinstance(env, VecEnv) and hasattr(env, "vector_env"):
         return _differentiable(env.vector_env)
     if isinstance(env, LatentVectorEnv):
-        raise TypeError("expected true dynamics, got a learned model. Train there with PWM, whose policy is on latents.")
+        raise TypeError("expected true dynamics, got a learned model. Train in it with PWM instead.")
     if isinstance(env, DifferentiableVectorEnv):
         return env
     name = repr(env) if isinstance(env, str) else type(env).__name__

@@ -165,7 +165,13 @@ class SHACPolicy(SafeFile):
             "optimizer_kwargs": optimizer_kwargs,
         }
         self.actor = SHACActor(
-            observation_space, action_space, actor_arch, activation_fn, log_std_init, log_std_min, normalize_observations
+            observation_space,
+            action_space,
+            actor_arch,
+            activation_fn,
+            log_std_init,
+            log_std_min,
+            normalize_observations,
         )
         value = EnsembleMLP(n_critics, observation_space.shape[0], critic_arch, activation_fn)
         self.critic = SHACCritic(self.actor.normalizer, value)

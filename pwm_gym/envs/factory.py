@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from pwm_gym.differentiable import DifferentiableVectorEnv
+from pwm_gym.envs.gl_backend import choose_gl_backend
 
 __all__ = ["make_differentiable"]
 
@@ -64,8 +65,8 @@ def make_differentiable(
         if spec.vector_entry_point is not None:
             if integrator is not None or num_threads is not None:
                 raise ValueError(f"`integrator` and `num_threads` are MuJoCo's; {env} is torch physics.")
-            limit = {} if horizon is None else {"horizon": horizon}
-            made: Any = gym.make_vec(env, num_envs=num_envs, vectorization_mode="vector_entry_point", **common, **limit, **kwargs)
+            arguments = {**kwargs, **common} if horizon is None else {**kwargs, **common, "horizon": horizon}
+            made: Any = gym.make_vec(env, num_envs, "vector_entry_point", **arguments)
             if not isinstance(made, DifferentiableVectorEnv):
                 raise ValueError(f"expected a differentiable env, got {env}, which has no gradients.")
             return made
@@ -107,22 +108,27 @@ def _mujoco(
     num_threads: int | None,
     common: dict[str, Any],
 ) -> DifferentiableVectorEnv:
+    choose_gl_backend()  # before anything imports mujoco
     first = make()
     kind = first.unwrapped
-    unsupported = ValueError(
-        f"expected a dm_control or Gymnasium MuJoCo task, or torch physics, got {kind}, which has no gradients. Learn a "
-        f"model of it instead: PWM('MlpPolicy', env)."
-    )
     try:
         from gymnasium.envs.mujoco import MujocoEnv
 
         from pwm_gym.envs.dm_control import DMControlEnv
+        from pwm_gym.envs.dm_control_simulator import DMControlSimulator
+        from pwm_gym.envs.gymnasium_simulator import GymnasiumSimulator
         from pwm_gym.envs.mujoco_dynamics import MujocoVectorEnv, ThreadedDynamics, default_threads
-        from pwm_gym.envs.mujoco_tasks import DMControlSimulator, GymnasiumSimulator, Simulator
+        from pwm_gym.envs.simulator import Simulator
     except ImportError as error:
         raise ImportError('MuJoCo tasks need mujoco: pip install "pwm-gym[mujoco]"') from error
+    if not isinstance(kind, DMControlEnv | MujocoEnv):
+        raise ValueError(
+            f"expected a dm_control or Gymnasium MuJoCo task, or torch physics, got {kind}, which has no gradients. "
+            f"Learn a model of it instead: PWM('MlpPolicy', env)."
+        )
     limit = getattr(kind, "max_episode_steps", None) or (first.spec.max_episode_steps if first.spec else None)
-    if horizon is None and limit is None:
+    horizon = limit if horizon is None else horizon
+    if horizon is None:
         raise ValueError(f"expected `horizon` for {kind}, which has no time limit of its own, got None.")
     made = iter([first])
 
@@ -131,11 +137,9 @@ def _mujoco(
         task = task.unwrapped
         if isinstance(task, DMControlEnv):
             return DMControlSimulator(task, integrator)
-        if isinstance(task, MujocoEnv):
-            return GymnasiumSimulator(task, lambda: make().unwrapped, integrator)
-        raise unsupported
+        return GymnasiumSimulator(task, lambda: make().unwrapped, integrator)
 
     threads = default_threads(num_envs) if num_threads is None else num_threads
     dynamics = ThreadedDynamics(make_simulator, num_envs, threads)
     fps = kind.metadata.get("render_fps", 30)
-    return MujocoVectorEnv(dynamics, num_envs, horizon or limit, render_fps=fps, **common)
+    return MujocoVectorEnv(dynamics, num_envs, horizon, render_fps=fps, **common)

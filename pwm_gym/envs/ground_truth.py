@@ -95,7 +95,7 @@ class GroundTruthVectorEnv(DifferentiableVectorEnv):
 
     @abstractmethod
     def _begin(self, rows: np.ndarray) -> Tensor:
-        """Put the envs `rows`, (N,), at initial states drawn from `np_random`, out of the graph; observe them, (N, O)."""
+        """Put the envs `rows`, (N,), at states drawn from `np_random`, out of the graph; observe them, (N, O)."""
 
     @abstractmethod
     def _advance(self, actions: Tensor, rows: np.ndarray) -> Outcome:

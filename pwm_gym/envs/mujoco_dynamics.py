@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pwm_gym.envs.ground_truth import GroundTruthVectorEnv, Outcome
-from pwm_gym.envs.mujoco_tasks import Simulator
+from pwm_gym.envs.simulator import Simulator
 
 __all__ = ["Dynamics", "MujocoVectorEnv", "ThreadedDynamics", "Transition"]
 
@@ -26,7 +26,9 @@ class Transition(NamedTuple):
     observations: np.ndarray  # (B, O), float64
     rewards: np.ndarray  # (B,), float64
     terminated: np.ndarray  # (B,), bool
-    jacobians: np.ndarray | None  # (B, n + O + 1, n + A): ∂ (next tangent state, observation, reward) / ∂ (state, action)
+    jacobians: (
+        np.ndarray | None
+    )  # (B, n + O + 1, n + A): ∂ (next tangent state, observation, reward) / ∂ (state, action)
 
 
 class Dynamics(Protocol):
@@ -237,7 +239,7 @@ class MujocoVectorEnv(GroundTruthVectorEnv):
             jacobians, n = torch.from_numpy(step.jacobians), self.dynamics.tangent_dim
             norm = torch.linalg.matrix_norm(jacobians[:, :n, :n]) / n**0.5  # Frobenius, and 1 for standing still
             infos["jacobian_norm"] = self._outward(norm)  # (B,)
-            self._tangent, observations, rewards = _TransitionFunction.apply(  # type: ignore[no-untyped-call]
+            self._tangent, observations, rewards = _TransitionFunction.apply(
                 self._tangent, inside, observations, rewards, jacobians
             )
         else:

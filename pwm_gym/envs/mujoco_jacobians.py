@@ -11,9 +11,9 @@ import numpy as np
 
 __all__ = ["STEP", "INTEGRATION", "TangentSpace", "check_model", "difference", "step_jacobians"]
 
-# Step of the central differences, in rad, m and their rates. Where a contact begins the step of a simulator jumps, and a
-# difference across the jump is worthless; at 1e-6 that spoilt one env step in eight of walker-walk, so the step is as
-# small as float64 allows: roundoff then costs a relative 1e-6 of a Jacobian.
+# Step of the central differences, in rad, m and their rates. Where a contact begins, the simulator's step jumps, and a
+# difference across the jump is worthless; at 1e-6 that spoilt one env step in eight of walker-walk. So it is as small
+# as float64 allows: roundoff then costs a relative 1e-6 of a Jacobian.
 STEP = 1e-8
 INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION  # all inputs of mj_step, the solver's warm start among them
 

@@ -263,7 +263,7 @@ class TorchCartPole(TorchPhysics):
 class TorchDoublePendulum(TorchPhysics):
     """Lift two links, hinged to each other, by a torque at the fixed end: chaotic, so gradients grow with the horizon.
 
-    State (θ1, θ2, θ1', θ2'), both from the upright; massless links of 0.5 m, each with a point of 0.5 kg at its end. The
+    State (θ1, θ2, θ1', θ2'), both from the upright; massless links of 0.5 m, each with 0.5 kg at its end. The
     equations of motion are M(θ) θ'' = b, with s = sin(θ1 - θ2), c = cos(θ1 - θ2):
 
         (m1 + m2) l² θ1'' + m2 l² c θ2'' = τ - m2 l² s θ2'² + (m1 + m2) g l sin θ1
@@ -325,8 +325,8 @@ class TorchDoublePendulum(TorchPhysics):
 class TorchBallWall(TorchPhysics):
     """Throw a ball as far as it goes, over a wall that stops it: one throw is an episode.
 
-    The example by which differentiable simulation is shown to mislead (Suh et al. 2022, arXiv:2202.00817, sec. 3; PWM,
-    arXiv:2407.02466, fig. 2): the distance jumps where the ball begins to clear the wall, and of a jump the gradient
+    The example by which differentiable simulation is shown to mislead (arXiv:2202.00817, sec. 3; PWM, arXiv:2407.02466,
+    fig. 2): the distance jumps where the ball begins to clear the wall, and of a jump the gradient
     says nothing. The angle is α = 45° (1 + a); the ball leaves the ground at 10 m/s. Gravity alone would carry it to
     x = v² sin 2α / g; if its height x_w tan α - g x_w² / (2 v² cos² α) at the wall, x_w = 6 m away and h = 2.4 m high,
     is below h, then it goes no farther than the wall. Reward: the distance in units of 10 m.
@@ -383,4 +383,3 @@ class TorchBallWall(TorchPhysics):
             for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:], strict=False):
                 canvas.line(at(x0, y0), at(x1, y1), 0.008, "rod")
         canvas.disc(at(distance, 0.15), 0.03, "joint")
-
