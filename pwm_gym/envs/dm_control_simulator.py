@@ -125,8 +125,9 @@ class DMControlSimulator(Simulator):
             reward = np.array([self._task.get_reward(physics)], np.float64)
             return np.concatenate([reward, self._observe(physics)]) if observe else reward
 
+        zero = evaluate(0, 0.0)
         columns = range(width + len(late))
-        return np.stack([difference(functools.partial(evaluate, i)) for i in columns], axis=1)
+        return np.stack([difference(functools.partial(evaluate, i), zero) for i in columns], axis=1)
 
 
 def _flatten(observation: dict[str, Any]) -> np.ndarray:

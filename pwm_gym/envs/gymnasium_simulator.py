@@ -147,7 +147,6 @@ class GymnasiumSimulator(Simulator):
         probe, space, n = self._probe, self._probe_space, self._space.dim
         start, memory = self._space.read(), _read(self._data, self._memory)
         width = n + len(memory)
-        low, high = self.action_space.low - action, self.action_space.high - action
 
         def evaluate(column: int, step: float) -> np.ndarray:
             remembered, chosen = memory.copy(), action.copy()
@@ -159,26 +158,24 @@ class GymnasiumSimulator(Simulator):
                 part[index] += step
             _write(probe.data, self._memory, remembered)
             observation, reward, *_ = probe.step(chosen)
-            after = space.between(base, space.state())
-            return np.concatenate([after, _read(probe.data, self._memory), observation, [reward]])
+            moved = space.between(origin, space.state())
+            return np.concatenate([moved, _read(probe.data, self._memory), observation, [reward]])
 
-        base = space.state()  # where the differences count from; any state will do
-        self._plain = evaluate(width, 0.0)[width:]
-        base = space.state()
+        origin = space.state()  # any state, until the plain outcome is known
+        plain = evaluate(width, 0.0)
+        origin, plain[:n] = space.state(), 0.0
+        self._plain = plain[width:]
         mujoco.mj_copyData(self._after, probe.model, probe.data)
-        jacobian = np.empty((width + len(self._plain), width + len(action)))
-        for i in range(n):
-            jacobian[:, i] = difference(functools.partial(evaluate, i))
-        for j in range(len(action)):
-            jacobian[:, width + j] = difference(
-                functools.partial(evaluate, width + j), min(low[j], 0.0), max(high[j], 0.0)
-            )
+        columns = [difference(functools.partial(evaluate, i), plain) for i in range(n)]
+        driven = [
+            difference(functools.partial(evaluate, width + j), plain, room)
+            for j, room in enumerate(self.action_space.high - action)
+        ]
         # What is remembered has no part in the physics, so its result is put there instead of computed again.
         probe.do_simulation = lambda *_: mujoco.mj_copyData(probe.data, probe.model, self._after)
-        for i in range(n, width):
-            jacobian[:, i] = difference(functools.partial(evaluate, i))
+        columns += [difference(functools.partial(evaluate, i), plain) for i in range(n, width)]
         del probe.do_simulation
-        return jacobian
+        return np.stack(columns + driven, axis=1)
 
 
 def _read(data: mujoco.MjData, names: list[str]) -> np.ndarray:
