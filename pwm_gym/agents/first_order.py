@@ -155,8 +155,8 @@ def improve_actor(
     return {
         "actor_loss": loss.detach(),
         "actor_grad_norm": grad_norm,
-        "imagined_return": returns.detach().mean(),
-        "imagined_reward": window.rewards.detach().mean(),
+        "return": returns.detach().mean(),
+        "reward": window.rewards.detach().mean(),
         "entropy": entropy.detach(),
     }
 

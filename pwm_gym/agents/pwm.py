@@ -445,6 +445,8 @@ class PWM(ResumableAlgorithm):
             polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
 
             metrics["value"] = targets.mean()
+            for name in ("return", "reward"):
+                metrics[f"imagined_{name}"] = metrics.pop(name)
         self._n_updates += gradient_steps
         self._metrics = metrics
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -200,8 +200,8 @@ class GroundTruthVectorEnv(DifferentiableVectorEnv):
         if not bool(torch.isfinite(actions).all()):
             env, index = torch.nonzero(~torch.isfinite(actions.detach()))[0].tolist()
             raise ValueError(
-                f"expected finite actions, got {float(actions.detach()[env, index])} for env {env} at index {index}. Look at "
-                f"the policy that chose it."
+                f"expected finite actions, got {float(actions.detach()[env, index])} for env {env} at index "
+                f"{index}. Look at the policy that chose it."
             )
         return torch.minimum(torch.maximum(actions, self._low.to(actions.dtype)), self._high.to(actions.dtype))
 

@@ -123,12 +123,13 @@ class TorchPhysics(GroundTruthVectorEnv):
         return Outcome(observation, reward, np.zeros(self.num_envs, dtype=np.bool_), {})
 
     def _check_finite(self, observation: Tensor, reward: Tensor) -> None:
-        values = torch.cat([observation.detach(), reward.detach().unsqueeze(-1)], -1)
+        values = torch.cat([observation, reward.unsqueeze(-1)], -1).detach()  # (B, O + 1)
         if not bool(torch.isfinite(values).all()):
             env = int(torch.nonzero(~torch.isfinite(values))[0, 0])
+            *observed, rewarded = values[env].tolist()
             raise ValueError(
-                f"expected finite numbers, got observation {observation[env].tolist()} and reward {float(reward[env])} "
-                f"in env {env} at its step {self._elapsed[env] + 1}. Look at the actions before it, and reset the env."
+                f"expected finite numbers, got observation {observed} and reward {rewarded} in env {env} "
+                f"at its step {self._elapsed[env] + 1}. Look at the actions before it, and reset the env."
             )
 
     def render(self, indices: Sequence[int] | None = None) -> tuple[np.ndarray, ...] | None:

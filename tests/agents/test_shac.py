@@ -175,6 +175,7 @@ def test_logs_have_the_keys_that_people_plot(tmp_path: pathlib.Path):
     agent = make_agent(make_env(horizon=10), horizon=2)
     agent.set_logger(configure(str(tmp_path), ["csv"]))
     agent.learn(2 * 4 * 27, log_interval=1)
+    agent.logger.close()
     with open(tmp_path / "progress.csv", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert float(row["rollout/ep_len_mean"]) == 10.0
