@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pwm_gym import envs
 from pwm_gym.agents import PWM, SHAC
 from pwm_gym.envs.factory import make_differentiable
+from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
@@ -16,6 +17,7 @@ __all__ = [
     "PWM",
     "SHAC",
     "DictSequenceReplayBuffer",
+    "HerSequenceReplayBuffer",
     "LatentObservation",
     "LatentVectorEnv",
     "SequenceReplayBuffer",

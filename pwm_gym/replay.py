@@ -22,7 +22,8 @@ _FORMAT = "pwm_gym.replay/1"
 _REJECTION_ROUNDS = 4  # cheap tries before every valid window is listed
 
 
-def _draw(rng: np.random.Generator | None, high: int, size: int) -> np.ndarray:
+def draw(rng: np.random.Generator | None, high: int | np.ndarray, size: int) -> np.ndarray:
+    """Draw whole numbers in [0, high), (size,); from NumPy's global generator where `rng` is None."""
     if rng is None:
         return np.random.randint(high, size=size)  # noqa: NPY002  SB3 seeds and samples from the global generator
     return rng.integers(high, size=size)
@@ -59,10 +60,10 @@ class _Windows(ReplayBuffer):
             buffer_size,
             observation_space,
             action_space,
-            device,
-            n_envs,
-            optimize_memory_usage,
-            handle_timeout_termination,
+            device=device,
+            n_envs=n_envs,
+            optimize_memory_usage=optimize_memory_usage,
+            handle_timeout_termination=handle_timeout_termination,
             **kwargs,
         )
         self.store_physics_state = store_physics_state
@@ -171,12 +172,12 @@ class _Windows(ReplayBuffer):
                 f"expected at least {horizon} steps in the replay buffer for windows of horizon {horizon}, got "
                 f"{self.size()}. Collect more steps first (learning_starts) or use a shorter horizon."
             )
-        offset, env = _draw(rng, offsets, batch_size), _draw(rng, self.n_envs, batch_size)
+        offset, env = draw(rng, offsets, batch_size), draw(rng, self.n_envs, batch_size)
         for _ in range(_REJECTION_ROUNDS):
             wrong = np.flatnonzero(~self._is_window(offset, env, horizon))
             if not len(wrong):
                 break
-            offset[wrong], env[wrong] = _draw(rng, offsets, len(wrong)), _draw(rng, self.n_envs, len(wrong))
+            offset[wrong], env[wrong] = draw(rng, offsets, len(wrong)), draw(rng, self.n_envs, len(wrong))
         wrong = np.flatnonzero(~self._is_window(offset, env, horizon))
         if len(wrong):  # few windows fit: list them all
             valid = self._is_window(np.arange(offsets)[:, None], np.arange(self.n_envs)[None], horizon)
@@ -186,7 +187,7 @@ class _Windows(ReplayBuffer):
                     f"expected an episode of at least {horizon} steps in the replay buffer, got {self.size()} steps of "
                     f"shorter ones. Use a shorter horizon."
                 )
-            pick = _draw(rng, len(all_offsets), len(wrong))
+            pick = draw(rng, len(all_offsets), len(wrong))
             offset[wrong], env[wrong] = all_offsets[pick], all_envs[pick]
         return (self._oldest + offset) % self.buffer_size, env
 
@@ -237,14 +238,18 @@ class _Windows(ReplayBuffer):
             observations: Any = {k: np.concatenate([first[k], last[k]]) for k in first}
         else:
             observations = np.concatenate([first, last])  # (H + 1, B, *shape)
-        rewards = self._normalize_reward(self.rewards[times, envs], env)
+        rewards = self.rewards[times, envs]
+        self._relabel(observations, rewards, times, envs, rng)
         ended = self.dones[times, envs] * (1 - self.timeouts[times, envs])
         return SequenceSamples(
             self._to_torch(self._normalize_obs(observations, env)),
             self.to_torch(self.actions[times, envs]),
-            self.to_torch(rewards),
+            self.to_torch(self._normalize_reward(rewards, env)),
             self.to_torch(ended) > 0.5,
         )
+
+    def _relabel(self, observations: Any, rewards: np.ndarray, times: np.ndarray, envs: np.ndarray, rng: Any) -> None:
+        """Change windows in place before they are normalised; only hindsight replay does."""
 
     def _to_torch(self, observations: Any) -> Any:
         if isinstance(observations, dict):
@@ -280,11 +285,11 @@ class _Windows(ReplayBuffer):
             times, envs = np.nonzero(~np.isnan(self.physics_state[: self.size()]).any(-1))
             if not len(times):
                 raise ValueError("expected a stored step with a known physics state, got none yet. Collect more steps.")
-            pick = _draw(rng, len(times), batch_size)
+            pick = draw(rng, len(times), batch_size)
             time, env_index = times[pick], envs[pick]
         else:
-            time = _draw(rng, self.size(), batch_size)
-            env_index = _draw(rng, self.n_envs, batch_size)
+            time = draw(rng, self.size(), batch_size)
+            env_index = draw(rng, self.n_envs, batch_size)
         observations = self._normalize_obs(self._at(self.observations, (time, env_index)), env)
         return Starts(observations, self.physics_state[time, env_index] if physics else None)  # type: ignore[index]
 
@@ -312,13 +317,9 @@ class _Windows(ReplayBuffer):
         """Rows of the storage that are in use; the memory-efficient layout's newest observation stands in the next."""
         return min(self.size() + self.optimize_memory_usage, self.buffer_size)
 
-    def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
-        """Write the buffer to one file of plain arrays, atomically; `load` gives an equal buffer back.
-
-        Args:
-            path: The file, or one that is open. Only the filled part of the storage is written.
-        """
-        meta = {
+    def _meta(self) -> dict[str, Any]:
+        """Give all but the arrays, in plain forms; a class that the spaces don't tell adds "class" and "arguments"."""
+        return {
             "format": _FORMAT,
             "buffer_size": self.buffer_size,
             "n_envs": self.n_envs,
@@ -333,9 +334,24 @@ class _Windows(ReplayBuffer):
             "episodes_begun": self._episodes_begun,
             "physics_now": [None if s is None else s.tolist() for s in self._physics_now],
         }
+
+    def _restore(self, meta: dict[str, Any]) -> None:
+        self.pos, self.full = meta["pos"], meta["full"]
+        if not 0 <= self.pos < self.buffer_size:
+            raise ValueError(f"position {self.pos} in a ring of {self.buffer_size} rows")
+        self._episode_now = np.asarray(meta["episode_now"], np.int64)
+        self._episodes_begun = meta["episodes_begun"]
+        self._physics_now = [None if s is None else np.asarray(s) for s in meta["physics_now"]]
+
+    def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
+        """Write the buffer to one file of plain arrays, atomically; `load` gives an equal buffer back.
+
+        Args:
+            path: The file, or one that is open. Only the filled part of the storage is written.
+        """
         arrays = {k: torch.from_numpy(v[: self._rows]) for k, v in self._arrays().items()}
         with nullcontext(path) if isinstance(path, io.IOBase) else atomic_write(path) as file:  # type: ignore[arg-type]
-            torch.save({"meta": meta, "arrays": arrays}, file)
+            torch.save({"meta": self._meta(), "arrays": arrays}, file)
 
     @staticmethod
     def load(path: str | os.PathLike[str] | IO[bytes], device: torch.device | str = "auto") -> SequenceReplayBuffer:
@@ -357,19 +373,21 @@ class _Windows(ReplayBuffer):
         try:
             observation_space = from_json(meta["observation_space"])
             kind = DictSequenceReplayBuffer if isinstance(observation_space, spaces.Dict) else SequenceReplayBuffer
+            kind = from_json(meta.get("class")) or kind
+            if not issubclass(kind, _Windows):
+                raise ValueError(f"a buffer of class {kind.__name__}")
             buffer: Any = kind(
                 meta["buffer_size"] * meta["n_envs"],
                 observation_space,
                 from_json(meta["action_space"]),
-                device,
-                meta["n_envs"],
-                meta["optimize_memory_usage"],
+                device=device,
+                n_envs=meta["n_envs"],
+                optimize_memory_usage=meta["optimize_memory_usage"],
                 handle_timeout_termination=meta["handle_timeout_termination"],
                 store_physics_state=meta["store_physics_state"],
+                **meta.get("arguments", {}),
             )
-            buffer.pos, buffer.full = meta["pos"], meta["full"]
-            if not 0 <= buffer.pos < buffer.buffer_size:
-                raise ValueError(f"position {buffer.pos} in a ring of {buffer.buffer_size} rows")
+            buffer._restore(meta)
             stored = {k: v.numpy() for k, v in content["arrays"].items()}
             if "physics_state" in stored:
                 width = stored["physics_state"].shape[-1]
@@ -378,9 +396,6 @@ class _Windows(ReplayBuffer):
                 if stored[name].shape != array[: buffer._rows].shape:
                     raise ValueError(f"{name!r} of shape {stored[name].shape}")
                 array[: buffer._rows] = stored[name]
-            buffer._episode_now = np.asarray(meta["episode_now"], np.int64)
-            buffer._episodes_begun = meta["episodes_begun"]
-            buffer._physics_now = [None if s is None else np.asarray(s) for s in meta["physics_now"]]
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"expected a complete replay buffer, got a damaged one: {error}") from error
         return buffer

@@ -24,6 +24,7 @@ FLOORS = {
     "serialization": 0,
     "world_model": 1,
     "replay": 1,
+    "her": 1,
     "differentiable": 1,
     "starts": 1,
     "rendering": 2,

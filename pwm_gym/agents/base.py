@@ -16,6 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from torch import Tensor
 
 from pwm_gym.agents.files import clear_load_errors, read_agent, with_suffix, write_agent
+from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.replay import SequenceReplayBuffer
 from pwm_gym.serialization import UnsafeFileError, from_json, to_json
 
@@ -54,7 +55,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if not hasattr(replay, "sample_windows"):
             raise TypeError(
                 f"expected a SequenceReplayBuffer to train from, got {type(replay).__name__}. Leave "
-                f"replay_buffer_class and n_steps at their defaults."
+                f"replay_buffer_class and n_steps at their defaults, or use HerReplayBuffer."
             )
         return replay  # type: ignore[return-value]
 
@@ -171,6 +172,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             force_reset: Reset the env before training goes on.
         """
         super().set_env(env, force_reset)
+        if isinstance(self.replay_buffer, HerSequenceReplayBuffer):
+            self.replay_buffer.set_env(self.env)  # type: ignore[arg-type]
         if self._resumes and force_reset:
             self._restore_env_random_states()
         else:
@@ -298,7 +301,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
         Args:
             path: The file, or one that is open.
-            truncate_last_traj: Only for pickled HER buffers, as in SB3.
+            truncate_last_traj: As in SB3, for HER buffers only: take an unfinished episode for one that was cut short
+                there, which can be relabelled; False where the env goes on in it.
             trust_pickle: Read SB3's own pickled format too, which can run any code.
 
         Raises:
@@ -334,3 +338,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             )
         buffer.device = self.device
         self.replay_buffer = buffer
+        if isinstance(buffer, HerSequenceReplayBuffer):
+            if collects:
+                buffer.set_env(self.env)  # type: ignore[arg-type]
+            if truncate_last_traj:
+                buffer.truncate_last_trajectory()

@@ -19,12 +19,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
 from stable_baselines3.common.utils import check_for_correct_spaces, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import Tensor
 
 from pwm_gym.agents.base import ResumableAlgorithm
 from pwm_gym.agents.first_order import critic_targets, fit_critic, improve_actor, rollout
 from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
+from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import DictSequenceReplayBuffer, NStepSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import as_sb3_vec_env
@@ -75,7 +77,8 @@ class PWM(ResumableAlgorithm):
         train_freq: Train every so many steps of the env, or ("episode"-wise) as in SB3.
         gradient_steps: Updates (of model, actor and critics) each time; -1 for as many as steps were collected.
         action_noise: Added to the policy's own exploration noise.
-        replay_buffer_class: A `SequenceReplayBuffer` by default; training needs one.
+        replay_buffer_class: A `SequenceReplayBuffer` by default; training needs one. SB3's `HerReplayBuffer`, for
+            hindsight in goal-conditioned envs, stands for `HerSequenceReplayBuffer`.
         replay_buffer_kwargs: Its arguments, such as {"store_physics_state": True} for rendering imagined rollouts.
         optimize_memory_usage: As in SB3; the last step of each episode is then not learned from.
         n_steps: As in SB3, of the returns that `replay_buffer.sample` gives; PWM's own targets are imagined.
@@ -224,6 +227,8 @@ class PWM(ResumableAlgorithm):
 
     def _setup_model(self) -> None:
         self._random_states = []
+        if self.replay_buffer_class is HerReplayBuffer:
+            self.replay_buffer_class = HerSequenceReplayBuffer
         if self.latent_env is None:
             is_dict = isinstance(self.observation_space, spaces.Dict)
             if self.replay_buffer_class is None and self.n_steps == 1:
@@ -239,6 +244,10 @@ class PWM(ResumableAlgorithm):
                     self.optimize_memory_usage,
                     **{"n_steps": self.n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs},
                 )
+            elif self.replay_buffer_class is HerSequenceReplayBuffer:  # SB3 refuses to make one without an env
+                self._fit_replay_buffer(self.n_envs)
+                if self.env is not None:
+                    self.replay_buffer.set_env(self.env)  # type: ignore[union-attr]
             super()._setup_model()
         else:  # a frozen model needs no replay buffer
             self._setup_lr_schedule()
@@ -281,9 +290,9 @@ class PWM(ResumableAlgorithm):
             self.buffer_size,
             self.observation_space,
             self.action_space,
-            self.device,
-            n_envs,
-            self.optimize_memory_usage,
+            device=self.device,
+            n_envs=n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
             **self.replay_buffer_kwargs,
         )
 
