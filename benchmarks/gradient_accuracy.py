@@ -39,7 +39,7 @@ SMALLEST_DIFFERENCE = 1e-7  # of an action, in units of its range: of the centra
 
 def make(task: str, num_envs: int, integrator: str | None, num_threads: int = 1) -> Any:
     """Make the task in float64 that ends no episode by itself."""
-    kwargs = {} if task.startswith("pwm_gym/") else {"terminate_when_unhealthy": False}
+    kwargs: dict[str, Any] = {} if task.startswith("pwm_gym/") else {"terminate_when_unhealthy": False}
     return pwm_gym.make_differentiable(
         task,
         num_envs,

@@ -40,7 +40,8 @@ def train(system: str, seed: int, steps: int) -> list[dict[str, Any]]:
     Evaluations come every 20 updates; seconds are the processor's, without them.
     """
     agent = SHAC("MlpPolicy", make_differentiable(f"pwm_gym/{system}-v0", 64), seed=seed)
-    rows, spent = [], 0.0
+    rows: list[dict[str, Any]] = []
+    spent = 0.0
     while agent.num_timesteps < steps and [row["balanced of 10"] for row in rows[-2:]] != [10, 10]:
         start = time.process_time()
         agent.learn(20 * 64 * agent.horizon, reset_num_timesteps=not rows)
