@@ -16,6 +16,7 @@ import torch
 
 from pwm_gym import SHAC, make_differentiable
 
+SYSTEMS = ("TorchPendulum", "TorchCartPole")
 EPISODES, LAST_STEPS, TOLERANCE = 10, 40, 0.2  # 40 steps of 0.05 s
 
 
@@ -53,6 +54,27 @@ def train(system: str, seed: int, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
+def write(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
+    """Write the table and the picture."""
+    from matplotlib.figure import Figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "swing_up.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = Figure(figsize=(8.0, 3.2), dpi=120, layout="constrained")
+    for axes, system in zip(figure.subplots(1, 2), SYSTEMS, strict=True):
+        for seed in sorted({row["seed"] for row in rows}):
+            chosen = [row for row in rows if row["system"] == system and row["seed"] == seed]
+            seconds, returns = [r["core seconds"] for r in chosen], [r["return"] for r in chosen]
+            axes.plot(seconds, returns, marker="o", markersize=3, label=f"seed {seed}")
+        axes.set(title=f"SHAC on {system}", xlabel="seconds of one core", ylabel="return of an episode")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(out / "swing_up.png")
+
+
 def main() -> None:
     """Train, and write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,27 +83,11 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/ground_truth"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    systems = ("TorchPendulum", "TorchCartPole")
-    rows = [
-        row for system in systems for seed in range(arguments.seeds) for row in train(system, seed, arguments.steps)
-    ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "swing_up.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, 3.2), dpi=120, layout="constrained")
-    for axes, system in zip(figure.subplots(1, 2), systems, strict=True):
+    rows: list[dict[str, Any]] = []
+    for system in SYSTEMS:
         for seed in range(arguments.seeds):
-            chosen = [row for row in rows if row["system"] == system and row["seed"] == seed]
-            seconds, returns = [r["core seconds"] for r in chosen], [r["return"] for r in chosen]
-            axes.plot(seconds, returns, marker="o", markersize=3, label=f"seed {seed}")
-        axes.set(title=f"SHAC on {system}", xlabel="seconds of one core", ylabel="return of an episode")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.savefig(arguments.out / "swing_up.png")
+            rows += train(system, seed, arguments.steps)
+    write(rows, arguments.out)
 
 
 if __name__ == "__main__":
