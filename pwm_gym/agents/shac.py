@@ -48,7 +48,7 @@ class SHAC(ResumableAlgorithm):
         gamma: Discount γ.
         td_lambda: λ of the critic's targets.
         tau: Polyak coefficient of the target critic, in (0, 1]; 1 for no target critic.
-        ent_coef: Weight of the policy's entropy; without any, one seed of three stays in a local optimum on the pendulum.
+        ent_coef: Weight of the policy's entropy; 0 for none, which gets stuck more often.
         critic_epochs: Passes over each rollout for the critics.
         critic_minibatches: Minibatches in a pass.
         max_grad_norm: Gradient clip of the actor.
