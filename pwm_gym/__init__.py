@@ -3,9 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pwm_gym import envs
-from pwm_gym.agents import PWM, load_pwm_agent
+from pwm_gym.agents import PWM, SHAC, load_pwm_agent
 from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_tdmpc2
 from pwm_gym.datasets import OfflineDataset
+from pwm_gym.envs.factory import make_differentiable
 from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
@@ -17,6 +18,7 @@ from pwm_gym.world_model import WorldModel, WorldModelConfig
 
 __all__ = [
     "PWM",
+    "SHAC",
     "DictSequenceReplayBuffer",
     "HerSequenceReplayBuffer",
     "LatentObservation",
@@ -32,6 +34,7 @@ __all__ = [
     "load_pwm",
     "load_pwm_agent",
     "load_tdmpc2",
+    "make_differentiable",
     "pretrain",
     "tasks",
 ]

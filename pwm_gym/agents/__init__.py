@@ -3,5 +3,7 @@
 from pwm_gym.agents.policies import PWMPolicy, default_world_model_config
 from pwm_gym.agents.pwm import PWM
 from pwm_gym.agents.pwm_files import load_pwm_agent
+from pwm_gym.agents.shac import SHAC
+from pwm_gym.agents.shac_policy import SHACPolicy
 
-__all__ = ["PWM", "PWMPolicy", "default_world_model_config", "load_pwm_agent"]
+__all__ = ["PWM", "SHAC", "PWMPolicy", "SHACPolicy", "default_world_model_config", "load_pwm_agent"]

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pwm_gym.agents.latent_actor import LatentActor
 from pwm_gym.differentiable import DifferentiableVectorEnv
 from pwm_gym.functional import td_lambda_returns
-from pwm_gym.networks import EnsembleMLP
 
-__all__ = ["Rollout", "critic_targets", "fit_critic", "rollout", "rollout_returns"]
+__all__ = ["Rollout", "critic_targets", "fit_critic", "improve_actor", "rollout", "rollout_returns"]
+
+
+class Policy(Protocol):
+    """What `rollout` asks of an actor; `LatentActor` is one."""
+
+    use_sde: bool
+
+    def sample_noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw noise for `count` observations."""
+
+    def __call__(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Give actions in [-1, 1], (B, A), and -log π(a|z), (B,)."""
 
 
 class Rollout(NamedTuple):
@@ -24,6 +35,8 @@ class Rollout(NamedTuple):
     continues: Tensor  # (H, B), in [0, 1]: probability that the episode goes on after the step
     ends: Tensor  # (H, B), bool: last step of its segment
     entropy: Tensor  # (H, B), -log π(a|z)
+    finished: Tensor  # (H, B), bool: the step terminated or truncated its episode
+    stiffness: Tensor | None  # (H, B), infos["jacobian_norm"] where the env tells it
     interrupted: bool  # whether a segment ends before the last row
 
 
@@ -38,7 +51,7 @@ def _to_action_space(env: DifferentiableVectorEnv, actions: Tensor) -> Tensor:
 def rollout(
     env: DifferentiableVectorEnv,
     observations: Tensor,
-    actor: LatentActor,
+    actor: Policy,
     horizon: int,
     generator: torch.Generator | None = None,
     detach_input: bool = False,
@@ -55,6 +68,7 @@ def rollout(
             The reference does so; passing the gradient learned better here.
     """
     columns: list[tuple[Tensor, ...]] = []
+    norms: list[Tensor] = []
     interrupted = False
     for t in range(horizon):
         seen = observations.detach() if detach_input else observations
@@ -66,14 +80,17 @@ def rollout(
         if "final_obs" in infos:
             led_to = torch.where(infos["_final_obs"].unsqueeze(-1), infos["final_obs"], following)
             interrupted |= t < horizon - 1
-        ends = terminated | truncated if t < horizon - 1 else torch.ones_like(terminated)
-        columns.append((observations, led_to, rewards, infos["continue_prob"], ends, entropy))
+        finished = terminated | truncated
+        ends = finished if t < horizon - 1 else torch.ones_like(terminated)
+        columns.append((observations, led_to, rewards, infos["continue_prob"], ends, entropy, finished))
+        if "jacobian_norm" in infos:
+            norms.append(infos["jacobian_norm"])
         observations = following
     stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
-    return Rollout(*stacked, interrupted)  # type: ignore[arg-type, call-arg]
+    return Rollout(*stacked, torch.stack(norms) if norms else None, interrupted)  # type: ignore[arg-type, call-arg]
 
 
-def rollout_returns(window: Rollout, critic: EnsembleMLP, gamma: float) -> Tensor:
+def rollout_returns(window: Rollout, critic: nn.Module, gamma: float) -> Tensor:
     """Compute the differentiable objective of the actor: each env's discounted return with bootstrapped values.
 
         J = Σ_segments [Σ_k γ^k C_k r_k + γ^n C_n min_e V_e(z_n)],    C_k = Π_{j<k} c_j
@@ -105,15 +122,54 @@ def rollout_returns(window: Rollout, critic: EnsembleMLP, gamma: float) -> Tenso
     return total
 
 
+def improve_actor(
+    window: Rollout,
+    actor: nn.Module,
+    critic: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scale: Callable[[Tensor], Tensor],
+    entropy_coefficient: Callable[[Tensor], Tensor],
+    gamma: float,
+    max_grad_norm: float,
+) -> dict[str, Tensor]:
+    """Step the actor up the gradient of the rollout's returns, in units of their deviation, and of its entropy.
+
+    Args:
+        window: The rollout, with its graph, which is freed.
+        actor: Its parameters are learned.
+        critic: V, frozen.
+        optimizer: The actor's.
+        scale: Gives the returns' deviation, () from (B,).
+        entropy_coefficient: Gives the entropy's weight, () from the mean entropy ().
+        gamma: Discount γ.
+        max_grad_norm: Gradient clip.
+    """
+    returns = rollout_returns(window, critic, gamma)
+    entropy = window.entropy.mean()
+    deviation = scale(returns.detach())
+    loss = -returns.mean() / deviation - entropy_coefficient(entropy) * entropy
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), max_grad_norm)
+    optimizer.step()
+    return {
+        "actor_loss": loss.detach(),
+        "actor_grad_norm": grad_norm,
+        "return": returns.detach().mean(),
+        "reward": window.rewards.detach().mean(),
+        "entropy": entropy.detach(),
+    }
+
+
 @torch.no_grad()
-def critic_targets(window: Rollout, critic: EnsembleMLP, gamma: float, td_lambda: float) -> Tensor:
+def critic_targets(window: Rollout, critic: nn.Module, gamma: float, td_lambda: float) -> Tensor:
     """Compute TD(λ) targets, (H, B), from the ensemble's minimum (PWM, eq. 5; see `td_lambda_returns`)."""
     next_values = critic(window.next_observations).amin(0)  # (H, B)
     return td_lambda_returns(window.rewards, next_values, window.ends, gamma, td_lambda, window.continues)
 
 
 def fit_critic(
-    critic: EnsembleMLP,
+    critic: nn.Module,
     optimizer: torch.optim.Optimizer,
     observations: Tensor,
     targets: Tensor,

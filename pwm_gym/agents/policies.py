@@ -21,7 +21,15 @@ from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
 from pwm_gym.training import make_model_optimizer
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 
-__all__ = ["PWMActor", "PWMCritic", "PWMPolicy", "ReturnScale", "default_world_model_config"]
+__all__ = [
+    "PWMActor",
+    "PWMCritic",
+    "PWMPolicy",
+    "ReturnScale",
+    "RunningMoments",
+    "SafeFile",
+    "default_world_model_config",
+]
 
 _LARGE_OBSERVATION = 17  # from this width on the default world model is the wider one
 
@@ -45,31 +53,48 @@ def default_world_model_config(
     return WorldModelConfig(**{"latent_dim": latent, "encoder_dim": width, "mlp_dim": width, **fields})
 
 
-class ReturnScale(nn.Module):
-    """Running standard deviation of imagined returns, which the actor's loss is divided by (PWM's `ret_rms`)."""
+class RunningMoments(nn.Module):
+    """Mean and variance of everything seen so far, which never forget.
 
-    def __init__(self) -> None:
+    Args:
+        shape: Shape of one sample.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.mean: Tensor
         self.var: Tensor
         self.count: Tensor
-        for name, value in (("mean", 0.0), ("var", 1.0), ("count", 1e-4)):
-            self.register_buffer(name, torch.tensor(value))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.tensor(1e-4))
 
     @torch.no_grad()
-    def update(self, returns: Tensor) -> Tensor:
-        """Merge a batch of returns (B,) into the running statistics, and give the new standard deviation, ()."""
-        batch_mean, batch_var, batch_count = returns.mean(), returns.var(correction=0), returns.numel()
+    def merge(self, batch: Tensor) -> None:
+        """Count a batch in, (N, *shape)."""
+        batch_mean, batch_var, batch_count = batch.mean(0), batch.var(0, correction=0), len(batch)
         total = self.count + batch_count
         delta = batch_mean - self.mean
         moment = self.var * self.count + batch_var * batch_count + delta.square() * self.count * batch_count / total
         self.mean += delta * batch_count / total
         self.var.copy_(moment / total)
         self.count.copy_(total)
+
+    def deviation(self) -> Tensor:
+        """Give the standard deviation, (*shape)."""
         return (self.var + 1e-5).sqrt()
 
 
-class _SafeFile(BasePolicy):
+class ReturnScale(RunningMoments):
+    """Running standard deviation of imagined returns, which the actor's loss is divided by (PWM's `ret_rms`)."""
+
+    def update(self, returns: Tensor) -> Tensor:
+        """Merge a batch of returns (B,) into the running statistics, and give the new standard deviation, ()."""
+        self.merge(returns)
+        return self.deviation()
+
+
+class SafeFile(BasePolicy):
     """SB3's policy `save` and `load` without pickled objects in the file."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -97,7 +122,7 @@ class _SafeFile(BasePolicy):
         return policy.to(get_device(device))
 
 
-class PWMActor(_SafeFile):
+class PWMActor(SafeFile):
     """The part that acts: world model (for its encoder) and latent actor, from real observations to actions.
 
     Args:
@@ -238,7 +263,7 @@ class PWMCritic(nn.Module):
         return tuple(q.unsqueeze(-1))  # E times (B, 1)
 
 
-class PWMPolicy(_SafeFile):
+class PWMPolicy(SafeFile):
     """World model, actor and critics of PWM, for every observation space that a world model takes.
 
     Args:

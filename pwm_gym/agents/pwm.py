@@ -20,11 +20,11 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Rollout
 from stable_baselines3.common.utils import check_for_correct_spaces, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
-from torch import Tensor, nn
+from torch import Tensor
 
 from pwm_gym.agents.base import ResumableAlgorithm
 from pwm_gym.agents.diagnosis import Diagnosis, diagnose
-from pwm_gym.agents.first_order import critic_targets, fit_critic, rollout, rollout_returns
+from pwm_gym.agents.first_order import critic_targets, fit_critic, improve_actor, rollout
 from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
 from pwm_gym.her import HerSequenceReplayBuffer
@@ -434,14 +434,16 @@ class PWM(ResumableAlgorithm):
                 actor = policy.actor.latent_actor
                 window = rollout(env, z, actor, horizon, self._generator, self.detach_input)
                 # Actor
-                returns = rollout_returns(window, policy.critic_target.value, self.gamma)
-                entropy = window.entropy.mean()
-                scale = policy.return_scale.update(returns.detach())
-                actor_loss = -returns.mean() / scale - self._entropy_coefficient(entropy) * entropy
-                policy.actor_optimizer.zero_grad(set_to_none=True)
-                actor_loss.backward()
-                actor_grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), self.max_grad_norm)
-                policy.actor_optimizer.step()
+                metrics |= improve_actor(
+                    window,
+                    actor,
+                    policy.critic_target.value,
+                    policy.actor_optimizer,
+                    policy.return_scale.update,
+                    self._entropy_coefficient,
+                    self.gamma,
+                    self.max_grad_norm,
+                )
             # Critics
             targets = critic_targets(window, policy.critic_target.value, self.gamma, self.td_lambda)
             metrics |= fit_critic(
@@ -456,14 +458,9 @@ class PWM(ResumableAlgorithm):
             )
             polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
 
-            metrics |= {
-                "actor_loss": actor_loss.detach(),
-                "actor_grad_norm": actor_grad_norm,
-                "imagined_return": returns.detach().mean(),
-                "imagined_reward": window.rewards.detach().mean(),
-                "value": targets.mean(),
-                "entropy": entropy.detach(),
-            }
+            metrics["value"] = targets.mean()
+            for name in ("return", "reward"):
+                metrics[f"imagined_{name}"] = metrics.pop(name)
         self._n_updates += gradient_steps
         self._metrics = metrics
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -13,6 +13,9 @@ _ENTRY_POINTS = {
     **dict.fromkeys(META_WORLD_TASKS, "pwm_gym.envs.meta_world:MetaWorldEnv"),
 }
 
+# Systems of pwm_gym.envs.torch_physics, registered as vector envs.
+_TORCH_PHYSICS = ("TorchPendulum", "TorchCartPole", "TorchDoublePendulum", "TorchBallWall")
+
 
 def register() -> None:
     """Register the package's environments with Gymnasium; `import pwm_gym` calls it.
@@ -32,5 +35,8 @@ def register() -> None:
     for task, entry_point in _ENTRY_POINTS.items():
         if f"pwm_gym/{task}-v0" not in gym.registry:
             gym.register(f"pwm_gym/{task}-v0", entry_point=entry_point, kwargs={"task": task})
+    for system in _TORCH_PHYSICS:
+        if f"pwm_gym/{system}-v0" not in gym.registry:
+            gym.register(f"pwm_gym/{system}-v0", vector_entry_point=f"pwm_gym.envs.torch_physics:{system}")
     if "pwm_gym/Latent-v0" not in gym.registry:
         gym.register("pwm_gym/Latent-v0", vector_entry_point="pwm_gym.latent_env:LatentVectorEnv")

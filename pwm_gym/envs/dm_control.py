@@ -90,6 +90,11 @@ class DMControlEnv(PhysicsEnv):
         """
         super().__init__(task, action_repeat, render_mode, height, width, camera_id)
 
+    @property
+    def simulation(self) -> Any:
+        """dm_control's own environment, with its `physics` and `task`; time limits are kept outside it."""
+        return self._opened().env  # type: ignore[attr-defined]
+
     def _load(self) -> Simulator:
         return _DMControl(self.task, self.height, self.width)
 

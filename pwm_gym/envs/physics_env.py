@@ -164,6 +164,14 @@ class PhysicsEnv(gym.Env[np.ndarray, np.ndarray], ABC):
         self._needs_reset = terminated or truncated
         return observation, total, terminated, truncated, {"physics_state": simulator.read_state(), **infos}
 
+    def get_physics_state(self) -> np.ndarray:
+        """Read the present state, (P,), float64, as `infos["physics_state"]` holds it.
+
+        Raises:
+            gymnasium.error.ClosedEnvironmentError: If the env was closed.
+        """
+        return self._opened().read_state()
+
     def set_physics_state(self, state: np.ndarray) -> np.ndarray:
         """Put the simulator into a state that an env of the same task reported.
 
