@@ -8,19 +8,19 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from pwm_gym.envs.differentiable_simulator import DifferentiableSimulator, Step
 from pwm_gym.envs.dm_control import DMControlEnv
 from pwm_gym.envs.mujoco_jacobians import TangentSpace, difference, step_jacobians
-from pwm_gym.envs.simulator import Simulator, Step
 
 __all__ = ["DMControlSimulator"]
 
 
-class DMControlSimulator(Simulator):
+class DMControlSimulator(DifferentiableSimulator):
     """A dm_control task: `mjd_transitionFD` for its physics, differences of its own observation and reward functions.
 
     Args:
         env: The task.
-        integrator: See `Simulator`.
+        integrator: See `DifferentiableSimulator`.
 
     Example:
         >>> simulator = DMControlSimulator(DMControlEnv("pendulum-swingup"))

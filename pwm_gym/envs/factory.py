@@ -114,11 +114,11 @@ def _mujoco(
     try:
         from gymnasium.envs.mujoco import MujocoEnv
 
+        from pwm_gym.envs.differentiable_simulator import DifferentiableSimulator
         from pwm_gym.envs.dm_control import DMControlEnv
         from pwm_gym.envs.dm_control_simulator import DMControlSimulator
         from pwm_gym.envs.gymnasium_simulator import GymnasiumSimulator
         from pwm_gym.envs.mujoco_dynamics import MujocoVectorEnv, ThreadedDynamics, default_threads
-        from pwm_gym.envs.simulator import Simulator
     except ImportError as error:
         raise ImportError('MuJoCo tasks need mujoco: pip install "pwm-gym[mujoco]"') from error
     if not isinstance(kind, DMControlEnv | MujocoEnv):
@@ -132,7 +132,7 @@ def _mujoco(
         raise ValueError(f"expected `horizon` for {kind}, which has no time limit of its own, got None.")
     made = iter([first])
 
-    def make_simulator() -> Simulator:
+    def make_simulator() -> DifferentiableSimulator:
         task: Any = next(made, None) or make()
         task = task.unwrapped
         if isinstance(task, DMControlEnv):

@@ -10,8 +10,8 @@ import mujoco
 import numpy as np
 from gymnasium import spaces
 
+from pwm_gym.envs.differentiable_simulator import DifferentiableSimulator, Step
 from pwm_gym.envs.mujoco_jacobians import TangentSpace, difference
-from pwm_gym.envs.simulator import Simulator, Step
 
 __all__ = ["GymnasiumSimulator"]
 
@@ -41,7 +41,7 @@ _DERIVED = (
 )
 
 
-class GymnasiumSimulator(Simulator):
+class GymnasiumSimulator(DifferentiableSimulator):
     """A Gymnasium MuJoCo task: its whole step is differenced, as rewards are computed inside, with any integrator.
 
     Some tasks read, before they step, what the step before left behind (Ant its torso's, Humanoid its bodies'
@@ -50,7 +50,7 @@ class GymnasiumSimulator(Simulator):
     Args:
         env: The task, unwrapped.
         make_copy: Makes another one like it.
-        integrator: See `Simulator`.
+        integrator: See `DifferentiableSimulator`.
 
     Raises:
         ValueError: If the task's spaces aren't boxes.

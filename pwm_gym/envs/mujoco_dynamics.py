@@ -14,8 +14,8 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pwm_gym.envs.differentiable_simulator import DifferentiableSimulator
 from pwm_gym.envs.ground_truth import GroundTruthVectorEnv, Outcome
-from pwm_gym.envs.simulator import Simulator
 
 __all__ = ["Dynamics", "MujocoVectorEnv", "ThreadedDynamics", "Transition"]
 
@@ -75,7 +75,7 @@ class ThreadedDynamics:
         num_threads: Threads; 1 computes in the caller's.
     """
 
-    def __init__(self, make_simulator: Callable[[], Simulator], num_envs: int, num_threads: int) -> None:
+    def __init__(self, make_simulator: Callable[[], DifferentiableSimulator], num_envs: int, num_threads: int) -> None:
         self._simulators = [make_simulator() for _ in range(num_envs)]
         first = self._simulators[0]
         self.tangent_dim = first.tangent_dim

@@ -22,7 +22,7 @@ from pwm_gym.agents.first_order import rollout
 from pwm_gym.agents.latent_actor import LatentActor
 from pwm_gym.agents.policies import PWMActor, PWMPolicy, ReturnScale, default_world_model_config
 from pwm_gym.networks import Mish
-from pwm_gym.training import ENCODER_LR_SCALE
+from pwm_gym.training.fitting import ENCODER_LR_SCALE
 
 Z, A = 5, 2
 OBSERVATIONS, ACTIONS = spaces.Box(-1.0, 1.0, (3,), np.float32), spaces.Box(-2.0, 2.0, (2,), np.float32)

@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from pwm_gym.envs.mujoco_jacobians import TangentSpace, check_model
 
-__all__ = ["Simulator", "Step"]
+__all__ = ["DifferentiableSimulator", "Step"]
 
 _BAD = {
     "qpos": mujoco.mjtWarning.mjWARN_BADQPOS,
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     jacobian: np.ndarray | None
 
 
-class Simulator(ABC):
+class DifferentiableSimulator(ABC):
     """One task in float64. Its tangent state, (n,), is what gradients flow through from step to step.
 
     Asking for Jacobians changes no number of the simulation.
