@@ -1,4 +1,4 @@
-"""The published sets of tasks: plain names and sizes, so that reading them imports no simulator."""
+"""The sets of tasks: plain names and sizes, so that reading them imports no simulator."""
 
 import difflib
 from typing import NamedTuple
@@ -67,27 +67,60 @@ _META_WORLD_NAMES = (
     *("bin-picking", "box-close", "door-lock", "door-unlock", "hand-insert"),
 )
 
+# TD-MPC2's high-dimensional locomotion: the suite's dog and humanoid.
+_LOCOMOTION_DIMS = {
+    "dog-stand": TaskDims(223, 38),
+    "dog-walk": TaskDims(223, 38),
+    "dog-trot": TaskDims(223, 38),
+    "dog-run": TaskDims(223, 38),
+    "humanoid-stand": TaskDims(67, 21),
+    "humanoid-walk": TaskDims(67, 21),
+    "humanoid-run": TaskDims(67, 21),
+}
+
+# Bodies of myo-sim, one action for each muscle.
+_MUSCLE_DIMS = {
+    f"{body}-{name}": dims
+    for body, dims in {
+        "myolegs": TaskDims(147, 80),
+        "myotrunk": TaskDims(255, 152),
+        "myofullbody": TaskDims(671, 416),
+    }.items()
+    for name in ("stand", "walk", "run")
+}
+
 DM_CONTROL_TASKS = tuple(_SUITE_DIMS)  # the suite's own part of MT30
 CUSTOM_TASKS = tuple(_CUSTOM_DIMS)  # TD-MPC2's tasks on the suite's models
 META_WORLD_TASKS = tuple(f"mw-{name}" for name in _META_WORLD_NAMES)
+LOCOMOTION_TASKS = tuple(_LOCOMOTION_DIMS)
+MUSCLE_TASKS = tuple(_MUSCLE_DIMS)
 
-# Task -> its sizes, in the order of MT80.
-TASK_DIMS: dict[str, TaskDims] = _SUITE_DIMS | _CUSTOM_DIMS | dict.fromkeys(META_WORLD_TASKS, TaskDims(39, 4))
+# Task -> its sizes: MT80 in its order, then the sets that are only ours.
+TASK_DIMS: dict[str, TaskDims] = {
+    **_SUITE_DIMS,
+    **_CUSTOM_DIMS,
+    **dict.fromkeys(META_WORLD_TASKS, TaskDims(39, 4)),
+    **_LOCOMOTION_DIMS,
+    **_MUSCLE_DIMS,
+}
 
 _TASK_SETS = {
     "MT30": DM_CONTROL_TASKS + CUSTOM_TASKS,
     "MT50": META_WORLD_TASKS,
     "MT80": DM_CONTROL_TASKS + CUSTOM_TASKS + META_WORLD_TASKS,
+    "locomotion": LOCOMOTION_TASKS,
+    "muscles": MUSCLE_TASKS,
 }
 
 
 def tasks(name: str) -> tuple[str, ...]:
-    """List the tasks of a published set; each is registered as `pwm_gym/<task>-v0`.
+    """List the tasks of a set; each is registered as `pwm_gym/<task>-v0`.
 
     The order is TD-MPC2's, by which its datasets and checkpoints number the tasks of MT30 and MT80.
 
     Args:
-        name: "MT30" (dm_control), "MT50" (Meta-World) or "MT80" (both, dm_control first).
+        name: "MT30" (dm_control), "MT50" (Meta-World), "MT80" (both, dm_control first), "locomotion" (dm_control's dog
+            and humanoid) or "muscles" (myo-sim's bodies).
 
     Returns:
         The names of the tasks.
@@ -101,7 +134,8 @@ def tasks(name: str) -> tuple[str, ...]:
         (30, 'mw-assembly')
     """
     if name not in _TASK_SETS:
-        near = difflib.get_close_matches(str(name).upper(), _TASK_SETS, cutoff=0.5)
+        known = {key.upper(): key for key in _TASK_SETS}
+        near = [known[key] for key in difflib.get_close_matches(str(name).upper(), known, cutoff=0.5)]
         raise ValueError(f"`name` must be a set of tasks, got {name!r}. Choose from {', '.join(near or _TASK_SETS)}.")
     return _TASK_SETS[name]
 

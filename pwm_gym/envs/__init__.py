@@ -3,13 +3,15 @@
 import gymnasium as gym
 
 from pwm_gym.envs.multi_task import PaddedTask, multi_task_vector_env
-from pwm_gym.task_sets import CUSTOM_TASKS, DM_CONTROL_TASKS, META_WORLD_TASKS
+from pwm_gym.task_sets import CUSTOM_TASKS, DM_CONTROL_TASKS, LOCOMOTION_TASKS, META_WORLD_TASKS, MUSCLE_TASKS
 
 __all__ = ["PaddedTask", "multi_task_vector_env", "register"]
 
 # Task -> the env class that plays it. Each class takes the task's name as its first argument.
 _ENTRY_POINTS = {
-    **dict.fromkeys(DM_CONTROL_TASKS + CUSTOM_TASKS, "pwm_gym.envs.dm_control:DMControlEnv"),
+    **dict.fromkeys(
+        DM_CONTROL_TASKS + CUSTOM_TASKS + LOCOMOTION_TASKS + MUSCLE_TASKS, "pwm_gym.envs.dm_control:DMControlEnv"
+    ),
     **dict.fromkeys(META_WORLD_TASKS, "pwm_gym.envs.meta_world:MetaWorldEnv"),
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pwm_gym.envs.physics_env import PhysicsEnv, Simulator
-from pwm_gym.task_sets import CUSTOM_TASKS, DM_CONTROL_TASKS
+from pwm_gym.task_sets import CUSTOM_TASKS, DM_CONTROL_TASKS, LOCOMOTION_TASKS, MUSCLE_TASKS
 
 # Where TD-MPC2's name of a domain isn't the suite's.
 _DOMAINS = {"cup": "ball_in_cup"}
@@ -21,7 +21,7 @@ _MODEL_STATE = {
 
 
 class DMControlEnv(PhysicsEnv):
-    """One task of dm_control's suite or of `custom_tasks`, with the conventions of TD-MPC2 (arXiv:2310.16828).
+    """One task of dm_control's suite, `custom_tasks` or `muscle_tasks`, as in TD-MPC2 (arXiv:2310.16828).
 
     - Observations: the entries of the task's own dictionary, flattened and concatenated in the
       task's own order (`gymnasium.spaces.Dict` would sort them), (O,), float32.
@@ -30,7 +30,7 @@ class DMControlEnv(PhysicsEnv):
     - An action is repeated for `action_repeat` control steps and their rewards are summed. With the
       default 2 a step's reward is in [0, 2] and an episode's return in [0, 1000].
     - An episode lasts 1000 control steps: 500 steps of the env. Reaching the limit is a truncation,
-      never a termination.
+      never a termination. Only a person with muscles terminates it, by falling.
     - `infos["physics_state"]`, (P,), float64, at reset and at every step. `set_physics_state` puts
       the simulator back there exactly: the same actions then give the same observations and
       rewards, bit for bit.
@@ -54,12 +54,12 @@ class DMControlEnv(PhysicsEnv):
         True
 
     Attributes:
-        task: TD-MPC2's name of the task.
+        task: Name of the task, TD-MPC2's where it has one.
         action_repeat: Control steps per env step.
         max_episode_steps: Env steps in an episode.
     """
 
-    _tasks = DM_CONTROL_TASKS + CUSTOM_TASKS
+    _tasks = DM_CONTROL_TASKS + CUSTOM_TASKS + LOCOMOTION_TASKS + MUSCLE_TASKS
     # The suite's own limit for every task here.
     _episode_control_steps = 1000
 
@@ -75,7 +75,7 @@ class DMControlEnv(PhysicsEnv):
         """Load the task.
 
         Args:
-            task: TD-MPC2's name of the task, one of `pwm_gym.tasks("MT30")`.
+            task: Name of the task, in `pwm_gym.tasks("MT30")`, `tasks("locomotion")` or `tasks("muscles")`.
             action_repeat: Control steps per env step, at least 1.
             render_mode: None, or "rgb_array" for frames from `render`.
             height: Height of a frame in pixels.
@@ -113,12 +113,16 @@ class _DMControl(Simulator):
         domain = _DOMAINS.get(domain, domain)
         # `PhysicsEnv` keeps the time, so that `set_physics_state` can begin it anew.
         task_kwargs = {"random": 0, "time_limit": math.inf}
-        if task in DM_CONTROL_TASKS:
-            self.env = suite.load(domain, name.replace("-", "_"), task_kwargs=task_kwargs)
-        else:
+        if task in CUSTOM_TASKS:
             from pwm_gym.envs import custom_tasks
 
             self.env = custom_tasks.load(task, **task_kwargs)
+        elif task in MUSCLE_TASKS:
+            from pwm_gym.envs import muscle_tasks
+
+            self.env = muscle_tasks.load(task, **task_kwargs)
+        else:
+            self.env = suite.load(domain, name.replace("-", "_"), task_kwargs=task_kwargs)
         # A reset also writes constants into the model (sizes, damping). `write_state` needs
         # them, and may be called before the user's first reset.
         self.env.reset()

@@ -65,7 +65,7 @@ class PhysicsEnv(gym.Env[np.ndarray, np.ndarray], ABC):
     of its own.
 
     Attributes:
-        task: TD-MPC2's name of the task.
+        task: Name of the task, TD-MPC2's where it has one.
         action_repeat: Control steps per env step.
         max_episode_steps: Env steps in an episode.
     """
@@ -139,8 +139,8 @@ class PhysicsEnv(gym.Env[np.ndarray, np.ndarray], ABC):
             action: (A,), in [-1, 1]; values outside are clipped.
 
         Returns:
-            The observation, (O,), float32; the sum of the rewards; whether the task ended the episode, which none in
-            the table does; whether the time limit did; the infos.
+            The observation, (O,), float32; the sum of the rewards; whether the task ended the episode, by a fall;
+            whether the time limit did; the infos.
 
         Raises:
             ValueError: If the action has a wrong shape or isn't finite.
