@@ -1,4 +1,4 @@
-"""The names, sets and sizes of the 80 tasks."""
+"""The names, sets and sizes of the tasks."""
 
 import gymnasium as gym
 import pytest
@@ -21,7 +21,7 @@ def test_sets_are_numbered_as_in_td_mpc2():
 
 
 def test_every_task_is_registered_and_has_dims():
-    assert tuple(TASK_DIMS) == pwm_gym.tasks("MT80")
+    assert tuple(TASK_DIMS) == pwm_gym.tasks("MT80") + pwm_gym.tasks("locomotion") + pwm_gym.tasks("muscles")
     for task in TASK_DIMS:
         assert gym.spec(f"pwm_gym/{task}-v0").kwargs == {"task": task}
 
@@ -34,7 +34,7 @@ def test_largest_dims_are_the_published_paddings():
     assert (largest("MT30"), largest("MT50"), largest("MT80")) == ((24, 6), (39, 4), (39, 6))
 
 
-@pytest.mark.parametrize("task", pwm_gym.tasks("MT30"))
+@pytest.mark.parametrize("task", pwm_gym.tasks("MT30") + pwm_gym.tasks("locomotion") + pwm_gym.tasks("muscles"))
 def test_dims_are_dm_controls_own(task):
     env = gym.make(f"pwm_gym/{task}-v0").unwrapped
     simulation = env._simulator.env
@@ -46,7 +46,8 @@ def test_dims_are_dm_controls_own(task):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("mt30", "Choose from MT30."), ("MT81", "Choose from MT80."), ("walker", "Choose from MT30, MT50, MT80.")]
+    [("mt30", "Choose from MT30."), ("MT81", "Choose from MT80."), ("walker", "Choose from MT30, MT50, MT80, loc")]
+    + [("Muscle", "Choose from muscles.")]
     + [(None, "got None. Choose from")],
 )
 def test_unknown_set_names_the_nearest(name, expected):

@@ -195,9 +195,10 @@ def _replace_scene(spec: mujoco.MjSpec) -> None:
     floor.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "floor"
     world.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[0, 0, 0.1], material="floor")
     world.add_light(pos=[-1, -3, 4], dir=[0.2, 0.6, -0.8], diffuse=[0.7, 0.7, 0.7], mode=_FOLLOW)
+    spec.visual.rgba.haze = [0.75, 0.82, 0.88, 1.0]
     root = spec.body(_ROOT)
-    root.add_camera(name="side", pos=[-3.2, 0.3, 0.3], xyaxes=[0, -1, 0, 0.1, 0, 1], mode=_FOLLOW)
-    root.add_camera(name="front", pos=[-1.5, -2.6, 0.3], xyaxes=[0.87, -0.5, 0, 0.05, 0.09, 1], mode=_FOLLOW)
+    root.add_camera(name="side", pos=[-2.6, -0.1, 0.0], xyaxes=[0, -1, 0, 0.05, 0, 1], mode=_FOLLOW)
+    root.add_camera(name="front", pos=[-1.3, -2.25, 0.0], xyaxes=[0.87, -0.5, 0, 0.03, 0.05, 1], mode=_FOLLOW)
 
 
 _FOLLOW = mujoco.mjtCamLight.mjCAMLIGHT_TRACK

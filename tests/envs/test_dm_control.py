@@ -21,8 +21,9 @@ from pwm_gym.task_sets import CUSTOM_TASKS, DM_CONTROL_TASKS
 
 CAN_DRAW = choose_gl_backend() != "disable"
 draws = pytest.mark.skipif(not CAN_DRAW, reason="no OpenGL library on this machine")
-every_task = pytest.mark.parametrize("task", DM_CONTROL_TASKS + CUSTOM_TASKS)
-suites_task = pytest.mark.parametrize("task", DM_CONTROL_TASKS)
+BIG = ("dog-run", "humanoid-run")  # of those in `pwm_gym.tasks("locomotion")`, one on each model
+every_task = pytest.mark.parametrize("task", DM_CONTROL_TASKS + CUSTOM_TASKS + BIG)
+suites_task = pytest.mark.parametrize("task", DM_CONTROL_TASKS + BIG)
 
 # task: (domain and task in the suite, O, A, the entries in TD-MPC2's order)
 SUITE = {
@@ -51,6 +52,15 @@ SUITE = {
     "fish-swim": ("fish", "swim", 24, 5, "joint_angles upright target velocity"),
     "hopper-stand": ("hopper", "stand", 15, 4, "position velocity touch"),
     "hopper-hop": ("hopper", "hop", 15, 4, "position velocity touch"),
+    "dog-run": (
+        *("dog", "run", 223, 38),
+        "joint_angles joint_velocites torso_pelvis_height z_projection torso_com_velocity inertial_sensors "
+        "foot_forces touch_sensors actuator_state",
+    ),
+    "humanoid-run": (
+        *("humanoid", "run", 67, 21),
+        "joint_angles head_height extremities torso_vertical com_velocity velocity",
+    ),
 }
 
 
@@ -85,7 +95,7 @@ def assert_equal_rollouts(a, b):
 
 
 def test_the_table_is_the_suite_part_of_mt30():
-    assert tuple(SUITE) == DM_CONTROL_TASKS
+    assert tuple(SUITE) == DM_CONTROL_TASKS + BIG
 
 
 def test_import_loads_no_simulator():
@@ -93,8 +103,10 @@ def test_import_loads_no_simulator():
         "import sys, gymnasium, pwm_gym\n"
         "registered = {i for i in gymnasium.registry if i.startswith('pwm_gym/')}\n"
         "assert {f'pwm_gym/{task}-v0' for task in pwm_gym.tasks('MT80')} | {'pwm_gym/Latent-v0'} <= registered\n"
-        "assert len(registered) == 81 + 4  # and torch physics\n"
-        "assert not {'dm_control', 'metaworld', 'mujoco', 'shimmy'} & set(sys.modules)\n"
+        "ours = pwm_gym.tasks('locomotion') + pwm_gym.tasks('muscles')\n"
+        "assert {f'pwm_gym/{task}-v0' for task in ours} <= registered\n"
+        "assert len(registered) == 81 + 7 + 9 + 4  # and torch physics\n"
+        "assert not {'dm_control', 'metaworld', 'mujoco', 'myo_sim', 'shimmy'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
