@@ -6,7 +6,8 @@ state is encoded once and the model goes on alone. `ground_truth_study.py` draws
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import functools
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from pwm_gym import LatentVectorEnv, WorldModel, WorldModelConfig, fit_world_model, make_differentiable
 from pwm_gym.replay import SequenceSamples
 
-__all__ = ["LearnedDynamics", "TrueDynamics", "VARIANTS", "along_horizon", "fit_variants", "landscape"]
+__all__ = ["LearnedDynamics", "TrueDynamics", "VARIANTS", "along_horizon", "fit", "landscape"]
 
 # What a model regularises its latent by (PWM, arXiv:2407.02466, sec. 5.3): SimNorm, or an activation only.
 VARIANTS: dict[str, dict[str, str]] = {
@@ -132,38 +133,29 @@ class Experience:
         return SequenceSamples(observations, *picked)
 
 
-class Fit(NamedTuple):
-    """How a model was fitted."""
-
-    model: WorldModel
-    loss: dict[str, float]
-
-
-def fit_variants(task: str, steps: int, updates: int, width: int, seed: int = 0) -> dict[str, Fit]:
-    """Fit one model of each of `VARIANTS` to the same random experience.
+def fit(task: str, steps: int, updates: int, width: int, seed: int = 0, **arguments: Any) -> WorldModel:
+    """Fit a model to random experience.
 
     Args:
         task: Id of the task.
         steps: Steps of experience, over 16 envs.
-        updates: Gradient steps of each model.
+        updates: Gradient steps.
         width: Latent features, and hidden ones.
         seed: Of experience, weights and batches.
+        **arguments: Of `WorldModelConfig`, such as those in `VARIANTS`.
     """
-    experience = Experience(task, steps // 16, 16, seed)
-    fits = {}
-    for name, arguments in VARIANTS.items():
-        torch.manual_seed(seed)
-        config = WorldModelConfig(
-            experience.observations.shape[-1],
-            experience.actions.shape[-1],
-            latent_dim=width,
-            encoder_dim=width,
-            mlp_dim=width,
-            **arguments,
-        )
-        model = WorldModel(config)
-        fits[name] = Fit(model, fit_world_model(model, experience, updates, 128, 8, 0.9, seed=seed))
-    return fits
+    experience = _experience(task, steps // 16, 16, seed)
+    torch.manual_seed(seed)
+    widths = {"latent_dim": width, "encoder_dim": width, "mlp_dim": width}
+    dims = experience.observations.shape[-1], experience.actions.shape[-1]
+    model = WorldModel(WorldModelConfig(*dims, **widths, **arguments))
+    fit_world_model(model, experience, updates, 128, 8, 0.9, seed=seed)
+    return model
+
+
+@functools.lru_cache
+def _experience(task: str, steps: int, num_envs: int, seed: int) -> Experience:
+    return Experience(task, steps, num_envs, seed)
 
 
 # What is measured

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ground_truth_gradients import LearnedDynamics, TrueDynamics, along_horizon, fit_variants, landscape
+from ground_truth_gradients import VARIANTS, LearnedDynamics, TrueDynamics, along_horizon, fit, landscape
 from ground_truth_toys import ball_and_wall
 from matplotlib.figure import Figure
 
@@ -42,10 +42,10 @@ GRADIENT_PARTS: dict[str, dict[str, Any]] = {
     "double-pendulum": {
         "task": "pwm_gym/TorchDoublePendulum-v0",
         "warm_up": 20,
-        "batch": 1_024,
+        "batch": 441,
         "steps": 32_000,
         "width": 64,
-        "updates": 2_000,
+        "updates": 800,
         "horizons": [1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 35, 40, 45, 50],
         "landscapes": [5, 20, 50],
         "reach": 0.4,
@@ -56,7 +56,7 @@ GRADIENT_PARTS: dict[str, dict[str, Any]] = {
         "batch": 16,
         "steps": 16_000,
         "width": 128,
-        "updates": 2_000,
+        "updates": 800,
         "horizons": [1, 2, 3, 4, 6, 8, 12, 16, 24, 32],
         "landscapes": [4, 16, 32],
         "reach": 0.4,
@@ -111,43 +111,50 @@ def draw_ball_wall(path: pathlib.Path, out: pathlib.Path) -> None:
 # Gradients along the horizon, landscapes
 
 
-def compute_gradients(path: pathlib.Path, name: str, tiny: bool) -> None:
-    """Fit the models, and measure gradients and landscapes in them and in the truth."""
+def compute_gradients(path: pathlib.Path, name: str, tiny: bool, again: bool) -> dict[str, Any]:
+    """Measure gradients and landscapes in the truth and in each model, as far as they are not in the file yet."""
     part = GRADIENT_PARTS[name]
     horizons, landscapes = (part["horizons"], part["landscapes"]) if not tiny else ([1, 2], [2])
-    samples, points = (64, 31) if not tiny else (4, 3)
+    samples, points, batch = (64, 21, part["batch"]) if not tiny else (4, 3, 9)
     steps, updates = (part["steps"], part["updates"]) if not tiny else (640, 5)
-    truth = TrueDynamics(part["task"], part["warm_up"], part["batch"])
-    fits = fit_variants(part["task"], steps, updates, part["width"])
-    dynamics: dict[str, Any] = {"true": truth}
-    dynamics |= {key: LearnedDynamics(fit.model, truth.observation) for key, fit in fits.items()}
-    generator = torch.Generator().manual_seed(1)
-    plan = 0.3 * torch.randn(max(horizons + landscapes), truth.action_dim, generator=generator, dtype=torch.float64)
-    numbers: dict[str, Any] = {"horizons": horizons, "landscapes": landscapes, "losses": {}, "norm": {}, "esnr": {}}
-    numbers |= {"cosine": {}, "losses": {key: fit.loss for key, fit in fits.items()}}
-    maps, means = {}, {}
-    for key, one in dynamics.items():
-        found = along_horizon(one, plan, horizons, samples, noise=0.1)
-        numbers["norm"][key], numbers["esnr"][key], means[key] = found["norm"], found["esnr"], found["mean"]
-        pairs = zip(means[key], means["true"], strict=True)
-        numbers["cosine"][key] = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs]
-        maps[key] = landscape(one, plan, landscapes, points, part["reach"])
-    numbers["landscape"] = {key: maps[key].tolist() for key in maps}
-    with atomic_write(path) as file:
-        file.write(json.dumps(numbers).encode())
+    numbers: dict[str, Any] = {"horizons": horizons, "landscapes": landscapes, "kinds": {}}
+    if path.exists() and not again:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    for kind in ("true", *VARIANTS):
+        if kind in numbers["kinds"]:
+            continue
+        truth = TrueDynamics(part["task"], part["warm_up"], batch)
+        dynamics: Any = truth
+        if kind != "true":
+            model = fit(part["task"], steps, updates, part["width"], **VARIANTS[kind])
+            dynamics = LearnedDynamics(model, truth.observation)
+        generator = torch.Generator().manual_seed(1)
+        plan = 0.3 * torch.randn(max(horizons + landscapes), truth.action_dim, generator=generator, dtype=torch.float64)
+        found = along_horizon(dynamics, plan, horizons, samples, noise=0.1)
+        found["mean"] = [mean.tolist() for mean in found["mean"]]
+        found["landscape"] = landscape(dynamics, plan, landscapes, points, part["reach"]).tolist()
+        numbers["kinds"][kind] = found
+        with atomic_write(path) as file:
+            file.write(json.dumps(numbers).encode())
+        print(f"{name}: {kind}", flush=True)
+    return numbers
 
 
-def draw_gradients(path: pathlib.Path, out: pathlib.Path, name: str) -> None:
+def draw_gradients(numbers: dict[str, Any], out: pathlib.Path, name: str) -> None:
     """Draw norm, ESNR and direction along the horizon, and the landscapes."""
-    numbers = json.loads(path.read_text(encoding="utf-8"))
+    kinds, horizons, rows = numbers["kinds"], numbers["horizons"], numbers["landscapes"]
+    true_means = kinds["true"]["mean"]
+    for found in kinds.values():
+        pairs = zip(found["mean"], true_means, strict=True)
+        found["cosine"] = [np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs]
     title = GRADIENT_PARTS[name]["task"].removeprefix("pwm_gym/")
     figure = Figure(figsize=(13.0, 3.4), dpi=110, layout="constrained")
     panels = figure.subplots(1, 3)
     labels = {"norm": "norm of the gradient", "esnr": "gradient's signal-to-noise (ESNR)"}
     labels["cosine"] = "cosine with the true mean gradient"
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
-        for kind, curve in numbers[key].items():
-            axes.plot(numbers["horizons"], curve, "o-", markersize=3, color=COLORS[kind], label=kind)
+        for kind, found in kinds.items():
+            axes.plot(horizons, found[key], "o-", markersize=3, color=COLORS[kind], label=kind)
         axes.set(title=label, xlabel="horizon in steps")
         if key != "cosine":
             axes.set_yscale("log")
@@ -156,12 +163,11 @@ def draw_gradients(path: pathlib.Path, out: pathlib.Path, name: str) -> None:
     figure.suptitle(title)
     _save(figure, out / f"{name}_gradients.png")
 
-    rows, kinds = numbers["landscapes"], list(numbers["landscape"])
     figure = Figure(figsize=(3.0 * len(kinds), 2.8 * len(rows)), dpi=100, layout="constrained")
     reach = GRADIENT_PARTS[name]["reach"]
     for i, panels in enumerate(figure.subplots(len(rows), len(kinds), squeeze=False)):
         for axes, kind in zip(panels, kinds, strict=True):
-            values = np.array(numbers["landscape"][kind][i])
+            values = np.array(kinds[kind]["landscape"][i])
             image = axes.imshow(values.T, origin="lower", extent=(-reach, reach, -reach, reach), cmap="viridis")
             axes.contour(values.T, 10, extent=(-reach, reach, -reach, reach), colors="white", linewidths=0.4)
             axes.set_title(f"{kind}, {rows[i]} steps", fontsize=9)
@@ -252,10 +258,8 @@ def main() -> int:
                 compute_ball_wall(path, arguments.tiny)
             draw_ball_wall(path, arguments.out)
         else:
-            path = arguments.out / f"{part}.json"
-            if arguments.again or not path.exists():
-                compute_gradients(path, part, arguments.tiny)
-            draw_gradients(path, arguments.out, part)
+            numbers = compute_gradients(arguments.out / f"{part}.json", part, arguments.tiny, arguments.again)
+            draw_gradients(numbers, arguments.out, part)
         print(f"{part}: in {arguments.out}", flush=True)
     return 0 if done else 1
 

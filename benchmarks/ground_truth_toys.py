@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,14 @@ __all__ = ["ball_and_wall", "throw"]
 
 def throw(actions: Tensor) -> Tensor:
     """Throw the ball at angles a, (N,): the distances, (N,), in units of 10 m, with gradients."""
-    env = TorchBallWall(num_envs=len(actions), dtype=actions.dtype)
+    env = _balls(len(actions))
     env.reset(seed=0)
     return env.step(actions.unsqueeze(-1))[1]
+
+
+@functools.lru_cache
+def _balls(count: int) -> TorchBallWall:
+    return TorchBallWall(count)
 
 
 def _fit(model: nn.Module, actions: Tensor, distances: Tensor, updates: int) -> None:
@@ -77,7 +83,7 @@ def ball_and_wall(throws: int, updates: int, noise: float = 0.1, seed: int = 0) 
         found[name] = {"J": value.numpy(), "slope": _slope(objective, angles).numpy(), "end": end.numpy()}
         found[name] |= {"a": angles.numpy(), "start": starts.numpy()}
 
-    noisy = (angles.unsqueeze(-1) + noise * torch.randn(4_000, generator=generator)).clamp(-1.0, 1.0)  # (201, 4000)
+    noisy = (angles.unsqueeze(-1) + noise * torch.randn(1_000, generator=generator)).clamp(-1.0, 1.0)  # (201, 1000)
     with torch.no_grad():
         smoothed = throw(noisy.flatten()).reshape(noisy.shape).mean(-1).numpy()
     pathwise = _slope(throw, noisy.flatten()).reshape(noisy.shape).mean(-1).numpy()
