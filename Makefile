@@ -14,7 +14,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := pwm_gym examples benchmarks tests
 
-.PHONY: help venv demo test test-expensive sb3-suite lint format type spell commit-checks coverage \
+.PHONY: help venv demo test test-expensive ground-truth-study sb3-suite lint format type spell commit-checks coverage \
 	rendering clean
 .DEFAULT_GOAL := help
 
@@ -54,6 +54,9 @@ test: $(STAMP) rendering commit-checks  ## Run all checks and the tests
 
 test-expensive: $(STAMP) rendering  ## Run the tests that train for longer
 	$(BIN)/python -m pytest -m expensive $(ARGS)
+
+ground-truth-study: $(STAMP)  ## Gradients of true dynamics against those of models; long: it goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ground_truth_study.py $(ARGS)
 
 sb3-suite: $(STAMP)  ## Run Stable-Baselines3's own test-suite against PWM
 	$(BIN)/python tests/sb3_suite/run.py $(ARGS)

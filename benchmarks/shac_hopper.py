@@ -3,13 +3,17 @@
 The reward is Hopper-v5's forward reward, minus smooth costs of what terminates it: the tilt and a low torso. An
 episode's end has no gradient, so a policy that learns from Hopper-v5's own reward dives forward.
 
-    python benchmarks/shac_hopper.py      # results/ground_truth/hopper.csv
+    python benchmarks/shac_hopper.py      # results/ground_truth/hopper.csv, hopper.png, hopper_frames.png
+
+A run that was stopped goes on from its last evaluation, whose agent is in runs/shac_hopper/.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
+import json
 import pathlib
 import time
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 
 from pwm_gym import SHAC, make_differentiable
+from pwm_gym.serialization import atomic_write
 
 
 class ForwardHopper(HopperEnv):
@@ -46,6 +51,39 @@ def evaluate(agent: SHAC, episodes: int = 3) -> dict[str, float]:
     return {"speed": round(speed, 2), "length": round(length, 1), "return": round(mean_return, 1)}
 
 
+def write(rows: list[dict[str, Any]], agent: SHAC, out: pathlib.Path) -> None:
+    """Write the curve, and eight frames of a second of Hopper-v5."""
+    import imageio.v3 as iio
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(out / "hopper.csv") as table:
+        table.write(text.getvalue().encode())
+    figure = Figure(figsize=(5.0, 3.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["steps"] for row in rows], [row["speed"] for row in rows], "o-", markersize=3)
+    axes.axhline(3.0, color="0.6", linestyle="--")
+    axes.set(title="SHAC on Hopper-v5's true dynamics", xlabel="env steps", ylabel="speed of an episode in m/s")
+    axes.grid(alpha=0.3)
+    with atomic_write(out / "hopper.png") as picture:
+        figure.savefig(picture, format="png")
+    env = gym.make("Hopper-v5", render_mode="rgb_array", width=160, height=240)
+    observation, _ = env.reset(seed=0)
+    frames = []
+    for step in range(325):
+        if step >= 200 and step % 16 == 0:
+            frames.append(env.render())
+        action, _ = agent.predict(observation.astype(np.float32), deterministic=True)
+        observation, _, terminated, *_ = env.step(action)
+        if terminated:
+            observation, _ = env.reset()
+    with atomic_write(out / "hopper_frames.png") as picture:
+        iio.imwrite(picture, np.hstack(frames), extension=".png")  # type: ignore[arg-type]
+
+
 def main() -> None:
     """Train, print, and write the curve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,6 +94,7 @@ def main() -> None:
     parser.add_argument("--critic-epochs", type=int, default=12)
     parser.add_argument("--integrator", default="implicitfast", help="while training")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--state", type=pathlib.Path, default=pathlib.Path("runs/shac_hopper"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/ground_truth"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,25 +105,24 @@ def main() -> None:
         integrator=arguments.integrator,
         healthy_angle_range=(-0.8, 0.8),
     )
-    agent = SHAC(
-        "MlpPolicy",
-        env,
-        learning_rate=arguments.learning_rate,
-        horizon=arguments.horizon,
-        critic_epochs=arguments.critic_epochs,
-        seed=arguments.seed,
-    )
+    state = arguments.state / f"seed{arguments.seed}"
     rows: list[dict[str, Any]] = []
+    if (state / "rows.json").exists():
+        rows = json.loads((state / "rows.json").read_text(encoding="utf-8"))
+        agent = SHAC.load(state / f"agent-{rows[-1]['steps']}", env=env)
+    else:
+        settings = {"learning_rate": arguments.learning_rate, "horizon": arguments.horizon}
+        agent = SHAC("MlpPolicy", env, **settings, critic_epochs=arguments.critic_epochs, seed=arguments.seed)
     while agent.num_timesteps < arguments.steps:
-        agent.learn(4_000, reset_num_timesteps=not rows)
-        row = {"steps": agent.num_timesteps, "core seconds": round(time.process_time())}
-        rows.append({**row, **evaluate(agent)})
+        start = time.process_time()
+        agent.learn(4_000, reset_num_timesteps=False)
+        spent = time.process_time() - start + (rows[-1]["core seconds"] if rows else 0.0)
+        rows.append({"steps": agent.num_timesteps, "core seconds": round(spent), **evaluate(agent)})
         print(rows[-1], flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "hopper.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        agent.save(state / f"agent-{agent.num_timesteps}")
+        with atomic_write(state / "rows.json") as file:
+            file.write(json.dumps(rows).encode())
+    write(rows, agent, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Time SHAC on torch cartpole and pendulum until it balances: the pole within 0.2 rad for the last 2 s, 10 times of 10.
 
 python benchmarks/swing_up.py      # results/ground_truth/swing_up.csv, swing_up.png: three seeds of each
+
+A system and seed that the csv holds is not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import pathlib
 import time
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 import torch
 
 from pwm_gym import SHAC, make_differentiable
+from pwm_gym.serialization import atomic_write
 
 SYSTEMS = ("TorchPendulum", "TorchCartPole")
 EPISODES, LAST_STEPS, TOLERANCE = 10, 40, 0.2  # 40 steps of 0.05 s
@@ -54,25 +58,36 @@ def train(system: str, seed: int, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read the rows of runs that are done."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        kinds = {"system": str, "core seconds": float, "return": float}
+        return [{key: kinds.get(key, int)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
 def write(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     """Write the table and the picture."""
     from matplotlib.figure import Figure
 
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "swing_up.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(out / "swing_up.csv") as table:
+        table.write(text.getvalue().encode())
     figure = Figure(figsize=(8.0, 3.2), dpi=120, layout="constrained")
     for axes, system in zip(figure.subplots(1, 2), SYSTEMS, strict=True):
-        for seed in sorted({row["seed"] for row in rows}):
+        for seed in sorted({row["seed"] for row in rows if row["system"] == system}):
             chosen = [row for row in rows if row["system"] == system and row["seed"] == seed]
             seconds, returns = [r["core seconds"] for r in chosen], [r["return"] for r in chosen]
             axes.plot(seconds, returns, marker="o", markersize=3, label=f"seed {seed}")
         axes.set(title=f"SHAC on {system}", xlabel="seconds of one core", ylabel="return of an episode")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    figure.savefig(out / "swing_up.png")
+    with atomic_write(out / "swing_up.png") as picture:
+        figure.savefig(picture, format="png")
 
 
 def main() -> None:
@@ -83,11 +98,13 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/ground_truth"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    rows = read(arguments.out / "swing_up.csv")
+    done = {(row["system"], row["seed"]) for row in rows}
     for system in SYSTEMS:
         for seed in range(arguments.seeds):
-            rows += train(system, seed, arguments.steps)
-    write(rows, arguments.out)
+            if (system, seed) not in done:
+                rows += train(system, seed, arguments.steps)
+                write(rows, arguments.out)
 
 
 if __name__ == "__main__":
