@@ -47,6 +47,7 @@ _SPEEDS = {"stand": 0.0, "walk": 1.25, "run": 4.0}  # m/s
 _TRUNK = ("EO", "IO", "rect_abd", "IL_", "Ps_")
 _ROOT = "Full Body"
 _PEDESTAL = 0.015  # m: myolegs stands on one in myo-sim's scene
+_FOLLOW = mujoco.mjtCamLight.mjCAMLIGHT_TRACK
 
 
 class _Upright(base.Task):
@@ -199,6 +200,3 @@ def _replace_scene(spec: mujoco.MjSpec) -> None:
     root = spec.body(_ROOT)
     root.add_camera(name="side", pos=[-2.6, -0.1, 0.0], xyaxes=[0, -1, 0, 0.05, 0, 1], mode=_FOLLOW)
     root.add_camera(name="front", pos=[-1.3, -2.25, 0.0], xyaxes=[0.87, -0.5, 0, 0.03, 0.05, 1], mode=_FOLLOW)
-
-
-_FOLLOW = mujoco.mjtCamLight.mjCAMLIGHT_TRACK
