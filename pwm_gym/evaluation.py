@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -17,17 +17,22 @@ __all__ = ["episode_returns", "plot_learning_curves", "record_video"]
 
 
 class _Predictor(Protocol):
-    def predict(self, observation: Any, *, deterministic: bool) -> tuple[np.ndarray, Any]: ...
+    def predict(self, observation: Any, *, deterministic: bool, **memory: Any) -> tuple[np.ndarray, Any]: ...
 
 
 def episode_returns(
-    agent: _Predictor, env: gym.Env, episodes: int = 10, seed: int = 0, deterministic: bool = True
+    agent: _Predictor,
+    env: gym.Env | Sequence[gym.Env],
+    episodes: int = 10,
+    seed: int = 0,
+    deterministic: bool = True,
 ) -> np.ndarray:
     """Run whole episodes, each from a seed of its own, so that two agents meet the same initial states.
 
     Args:
         agent: Anything with SB3's `predict`.
-        env: A real env.
+        env: A real env; or several equal ones, in which as many episodes run side by side, the agent answering for
+            all of them at once. That is faster for large networks and for planners.
         episodes: Episodes to run.
         seed: Episode i is reset with seed + i.
         deterministic: Act without exploration noise.
@@ -40,16 +45,46 @@ def episode_returns(
     """
     if episodes < 1:
         raise ValueError(f"`episodes` must be >= 1, got {episodes}.")
+    act = _Acting(agent, deterministic)
+    envs = [env] if isinstance(env, gym.Env) else list(env)
     returns = np.zeros(episodes)
-    for episode in range(episodes):
-        observation, _ = env.reset(seed=seed + episode)
-        ended = False
-        while not ended:
-            action, _ = agent.predict(observation, deterministic=deterministic)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            returns[episode] += float(reward)
-            ended = terminated or truncated
+    for first in range(0, episodes, len(envs)):
+        some = range(first, min(first + len(envs), episodes))
+        observations = [one.reset(seed=seed + i)[0] for i, one in zip(some, envs, strict=False)]
+        running = set(some)
+        act.begin()
+        while running:
+            actions = [act(observations[0])] if isinstance(env, gym.Env) else act(_stacked(observations))
+            for i in sorted(running):
+                k = i - first
+                observations[k], reward, terminated, truncated, _ = envs[k].step(actions[k])
+                returns[i] += float(reward)
+                if terminated or truncated:
+                    running.remove(i)
     return returns
+
+
+class _Acting:
+    """An agent's `predict` through one episode, or several at once: planners and recurrent policies remember."""
+
+    def __init__(self, agent: _Predictor, deterministic: bool) -> None:
+        self.agent, self.deterministic = agent, deterministic
+        self.begin()
+
+    def begin(self) -> None:
+        self.memory: dict[str, Any] = {}
+
+    def __call__(self, observation: Any) -> Any:
+        action, state = self.agent.predict(observation, deterministic=self.deterministic, **self.memory)
+        self.memory = {} if state is None else {"state": state, "episode_start": np.zeros(len(action), dtype=bool)}
+        return action
+
+
+def _stacked(observations: list[Any]) -> Any:
+    """Make a batch, (E, *shape), of E observations; by key where they are dicts."""
+    if isinstance(observations[0], dict):
+        return {key: np.stack([one[key] for one in observations]) for key in observations[0]}
+    return np.stack(observations)
 
 
 def record_video(
@@ -84,10 +119,9 @@ def record_video(
     if env.render_mode != "rgb_array":
         raise ValueError(f"expected an env with render_mode='rgb_array', got {env.render_mode!r}.")
     observation, _ = env.reset(seed=seed)
-    frames, total, ended = [np.asarray(env.render())], 0.0, False
+    frames, total, ended, act = [np.asarray(env.render())], 0.0, False, _Acting(agent, deterministic=True)
     while not ended and len(frames) <= max_steps:
-        action, _ = agent.predict(observation, deterministic=True)
-        observation, reward, terminated, truncated, _ = env.step(action)
+        observation, reward, terminated, truncated, _ = env.step(act(observation))
         frames.append(np.asarray(env.render()))
         total += float(reward)
         ended = terminated or truncated

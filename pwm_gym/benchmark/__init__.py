@@ -1,0 +1,7 @@
+"""Side by side: algorithms x tasks x seeds under one protocol, resumable, with honest statistics and a report."""
+
+from pwm_gym.benchmark.algorithms import ALGORITHMS, Algorithm
+from pwm_gym.benchmark.runner import Outcome, run
+from pwm_gym.benchmark.study import Cell, Study
+
+__all__ = ["ALGORITHMS", "Algorithm", "Cell", "Outcome", "Study", "run"]
