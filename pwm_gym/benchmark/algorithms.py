@@ -106,7 +106,9 @@ def env_id_of(task: str) -> str:
     own = f"pwm_gym/{task}-v0"
     found = own if own in gym.registry else task
     if found not in gym.registry:
-        ours = [name.removeprefix("pwm_gym/").removesuffix("-v0") for name in gym.registry if name.startswith("pwm_gym/")]
+        ours = [
+            name.removeprefix("pwm_gym/").removesuffix("-v0") for name in gym.registry if name.startswith("pwm_gym/")
+        ]
         raise ValueError(f"unknown task {task!r}: {nearest(task, [*ours, *gym.registry])}")
     if gym.registry[found].entry_point is None:
         raise ValueError(f"expected a task that is also a single env, on which agents are scored, got {task!r}.")

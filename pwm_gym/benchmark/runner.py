@@ -91,11 +91,9 @@ def run(
             other arguments or another version.
 
     Example:
-        >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> (outcome,) = run(folder, ["sac"], ["Pendulum-v1"], [0], frames=200, every=200, episodes=1)
-        >>> str(outcome.cell), outcome.failure
-        ('SAC on Pendulum-v1, seed 0', None)
+        >>> run("runs/new", ["pmw"], ["walker-walk"], seeds=[0, 1, 2])
+        Traceback (most recent call last):
+        ValueError: unknown algorithm 'pmw': did you mean 'pwm' or 'ppo'?
     """
     path = pathlib.Path(folder)
     known = Study.open(path) if (path / "benchmark.json").exists() else None

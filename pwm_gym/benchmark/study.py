@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pwm_gym import __version__
-from pwm_gym.benchmark.algorithms import check_arguments, env_id_of, label_of
+from pwm_gym.benchmark.algorithms import algorithm_of, check_arguments, env_id_of, label_of, nearest
 from pwm_gym.serialization import atomic_write
 
 __all__ = ["EVALUATION_SEED", "Cell", "Study"]
@@ -75,12 +75,18 @@ class Study:
                 f"world_model={self.world_model!r} and data={self.data!r}."
             )
         for algorithm, frames in self.frames.items():
+            algorithm_of(algorithm)
             if frames < self.every or frames % self.every:
                 raise ValueError(
                     f"expected a whole number of evaluations, one every {self.every:,} frames, got {frames:,} frames "
                     f"for {label_of(algorithm)}. Change `frames` or `every`."
                 )
         for algorithm, arguments in self.arguments.items():
+            if algorithm not in self.frames:
+                raise ValueError(
+                    f"expected arguments of algorithms that are run, got some of {algorithm!r}: "
+                    f"{nearest(algorithm, self.frames)}"
+                )
             check_arguments(algorithm, arguments)
         for task in {cell.task for cell in self.cells}:
             env_id_of(task)
@@ -135,12 +141,12 @@ class Study:
                     f"expected {name}={ours!r} as in {str(self.folder)!r}, got {theirs!r}: scores are comparable under "
                     f"one protocol only. Use a new folder (`name`)."
                 )
-        for algorithm, arguments in other.arguments.items():
-            known = self.arguments.get(algorithm, arguments if algorithm not in self.frames else {})
-            if known != arguments:
+        for algorithm in self.frames.keys() & other.frames.keys():
+            ours, theirs = self.arguments.get(algorithm, {}), other.arguments.get(algorithm, {})
+            if ours != theirs:
                 raise ValueError(
-                    f"expected {algorithm!r} with {known} as in {str(self.folder)!r}, got {arguments}. Call the variant "
-                    f"{algorithm + '@label'!r}, or use a new folder (`name`)."
+                    f"expected {algorithm!r} with {ours} as in {str(self.folder)!r}, got {theirs}. Call the variant "
+                    f"{algorithm.partition('@')[0] + '@label'!r}, or use a new folder (`name`)."
                 )
         frames = {**self.frames, **{k: max(v, self.frames.get(k, 0)) for k, v in other.frames.items()}}
         cells = dict.fromkeys((*self.cells, *other.cells))

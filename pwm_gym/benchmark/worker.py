@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from pwm_gym import __version__
 from pwm_gym.benchmark.algorithms import (
@@ -88,6 +89,7 @@ def train(study: Study, cell: Cell, device: str = "cpu") -> None:
         cpu, wall = time.process_time(), time.perf_counter()
         if steps > 0:  # else the last segment's final rollout has taken them already
             agent.learn(steps, callback=_Progress(state, repeat), log_interval=1, reset_num_timesteps=False)
+            _flush(agent)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         returns = episode_returns(agent, scored, study.episodes, seed=EVALUATION_SEED)
         successes = [one.success for one in scored if one.success is not None]
@@ -100,6 +102,14 @@ def train(study: Study, cell: Cell, device: str = "cpu") -> None:
                 old.unlink()
     if study.lacks_film(cell):
         _film(study, cell, len(rows), device)
+
+
+def _flush(agent: Any) -> None:
+    """Have the agent write what it logged since its last entry."""
+    if isinstance(agent, OffPolicyAlgorithm):
+        agent.dump_logs()
+    else:
+        agent.logger.dump(agent.num_timesteps)
 
 
 def _agent_left(study: Study, cell: Cell, rows: Sequence[Any], env: Any, device: str) -> Any:
