@@ -32,13 +32,20 @@ class Algorithm(NamedTuple):
         label: Its name in tables and pictures.
         source: "module:Class", imported when it is needed.
         differentiable: Whether it trains through true dynamics, on `make_differentiable(task)`.
-        reads_latents: Whether its policy sees latents where it was trained in a world model, as SB3's own do.
+        latent_face: How it trains in a frozen world model: on the "torch" face of its `LatentVectorEnv`, or as SB3's
+            own on the "numpy" one, its policy then reading latents; "agent" for one that takes that env and acts on
+            real observations; None where it can't.
     """
 
     label: str
     source: str
     differentiable: bool = False
-    reads_latents: bool = False
+    latent_face: str | None = "numpy"
+
+    @property
+    def reads_latents(self) -> bool:
+        """Tell whether a policy that was trained in a world model sees latents."""
+        return self.latent_face in ("torch", "numpy")
 
     def load_class(self) -> type[BaseAlgorithm]:
         """Import the class.
@@ -54,11 +61,11 @@ class Algorithm(NamedTuple):
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "pwm": Algorithm("PWM", "pwm_gym:PWM"),
-    "tdmpc2": Algorithm("TD-MPC2", "pwm_gym:TDMPC2"),
-    "sac": Algorithm("SAC", "stable_baselines3:SAC", reads_latents=True),
-    "ppo": Algorithm("PPO", "stable_baselines3:PPO", reads_latents=True),
-    "shac": Algorithm("SHAC", "pwm_gym:SHAC", differentiable=True),
+    "pwm": Algorithm("PWM", "pwm_gym:PWM", latent_face="agent"),
+    "tdmpc2": Algorithm("TD-MPC2", "pwm_gym:TDMPC2", latent_face=None),
+    "sac": Algorithm("SAC", "stable_baselines3:SAC"),
+    "ppo": Algorithm("PPO", "stable_baselines3:PPO"),
+    "shac": Algorithm("SHAC", "pwm_gym:SHAC", differentiable=True, latent_face="torch"),
 }
 
 
@@ -141,18 +148,21 @@ def training_env(
         algorithm: The algorithm.
         env_id: Gymnasium id of the task.
         every: Decisions between two evaluations.
-        num_envs: Envs of a batch, where there are several; None for 64 (PWM) or 16 in a world model, and see above.
+        num_envs: Envs of a batch, where there are several; None for 64 in a world model, 16 for SB3's own, and see
+            above.
         model: File of a frozen world model to train in, None for the task itself.
         data: Folder of the dataset that imagined episodes start from.
 
     Raises:
-        ValueError: If the task has no gradients for SHAC.
+        ValueError: If the task has no gradients for SHAC, or the algorithm can't learn in a world model.
     """
     if model is not None:
+        if algorithm.latent_face is None:
+            raise ValueError(f"{algorithm.label} plans with a model instead of learning in it: leave it out here.")
         world_model, dataset = WorldModel.load(model).requires_grad_(False), OfflineDataset.load(str(data))
-        count = num_envs or (16 if algorithm.reads_latents else 64)
+        count = num_envs or (16 if algorithm.latent_face == "numpy" else 64)
         latent_env = LatentVectorEnv(world_model, dataset, num_envs=count)
-        return as_sb3_vec_env(latent_env) if algorithm.reads_latents else latent_env
+        return as_sb3_vec_env(latent_env) if algorithm.latent_face == "numpy" else latent_env
     if not algorithm.differentiable:
         return gym.make(env_id)
     if num_envs is None:
