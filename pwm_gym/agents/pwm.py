@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
@@ -234,8 +234,8 @@ class PWM(ResumableAlgorithm):
             is_dict = isinstance(self.observation_space, spaces.Dict)
             if self.replay_buffer_class is None and self.n_steps == 1:
                 self.replay_buffer_class = self._default_replay_buffer_class()
-            elif self.replay_buffer_class in (None, NStepReplayBuffer) and self.n_steps > 1 and not is_dict:
-                self.replay_buffer_class = None  # SB3 puts its own there, and so does a file
+            elif self.replay_buffer_class in (None, NStepSequenceReplayBuffer) and not is_dict:
+                self.replay_buffer_class = None  # SB3 warns of any other and puts its own there
                 self.replay_buffer = NStepSequenceReplayBuffer(
                     self.buffer_size,
                     self.observation_space,
@@ -250,6 +250,8 @@ class PWM(ResumableAlgorithm):
                 if self.env is not None:
                     self.replay_buffer.set_env(self.env)  # type: ignore[union-attr]
             super()._setup_model()
+            if isinstance(self.replay_buffer, NStepSequenceReplayBuffer):
+                self.replay_buffer_class = NStepSequenceReplayBuffer
         else:  # a frozen model needs no replay buffer
             self._setup_lr_schedule()
             self.set_random_seed(self.seed)
