@@ -16,6 +16,7 @@ Task = int | Tensor | None
 Prior = Callable[[Tensor, Tensor, Task], Tensor]
 Values = Callable[[Tensor, Tensor, Task], Tensor]
 
+_NO_HEADS = "Make it with WorldModelConfig.preset(..., planning=True)"
 _MANY_ACTIONS = 20  # from so many dimensions on, two more iterations by default, as published
 
 
@@ -49,11 +50,11 @@ class Planner:
         G = Σ_{t<H} γ^t c_t r_t + γ^H c_H V(z_H),    c_t = Π_{s<t} (1 - end_s)
 
     where end_s is the predicted probability that step s ended the episode, V(z_H) the mean of two members, drawn at
-    random, of Q(z_H, a ~ π(z_H)). The Gaussian then moves to the K best sequences, weighted by w_k ∝ exp(τ (G_k - max G)),
+    random, of Q(z_H, a ~ π(z_H)). The Gaussian then moves to the K best sequences, weighted by exp(τ (G_k - max G)),
     several times over; the action is the first of one of them, drawn by its weight.
 
-    The settings' defaults are the published ones. In all that departs from TD-MPC2's code, the probability of an end
-    weighs what follows, where the code cuts off at one half.
+    The defaults are the published settings. One thing departs from TD-MPC2's code: the probability of an end weighs what
+    follows, where the code cuts off at one half.
 
     Args:
         world_model: The model, which is used as it is at the time of each plan.
@@ -102,8 +103,8 @@ class Planner:
             iterations = 8 if world_model.config.action_dim >= _MANY_ACTIONS else 6
         if min(horizon, iterations, num_elites) < 1 or not max(num_elites, num_prior) <= num_samples or num_prior < 0:
             raise ValueError(
-                f"expected `horizon`, `iterations` and `num_elites` >= 1, `num_prior` >= 0, and `num_samples` no smaller "
-                f"than the latter two, got {horizon}, {iterations}, {num_elites}, {num_prior} and {num_samples}."
+                f"expected `horizon`, `iterations` and `num_elites` >= 1, `num_prior` >= 0, and `num_samples` not "
+                f"below the latter two, got {horizon}, {iterations}, {num_elites}, {num_prior} and {num_samples}."
             )
         if not 0.0 < min_std <= max_std or temperature < 0.0 or not (gamma is None or 0.0 <= gamma <= 1.0):
             raise ValueError(
@@ -111,33 +112,38 @@ class Planner:
                 f"{temperature} and {gamma}."
             )
         self.world_model, self.gamma = world_model, gamma
-        self.prior = self._own_prior() if prior is None else prior
-        self.values = self._own_values() if values is None else values
+        if prior is None:
+            self._check_own_prior()
+        if values is None:
+            self._check_own_values()
+        self.prior: Prior = prior or self._own_prior
+        self.values: Values = values or self._own_values
         self.horizon, self.iterations = horizon, iterations
         self.num_samples, self.num_elites, self.num_prior = num_samples, num_elites, num_prior
         self.min_std, self.max_std, self.temperature = min_std, max_std, temperature
 
-    def _own_prior(self) -> Prior:
-        model = self.world_model
-        if model.policy_prior is None:
+    def _check_own_prior(self) -> None:
+        if self.world_model.policy_prior is None:
             raise ValueError(
-                "expected a world model with a policy prior to plan with, got one without. Make it with "
-                "WorldModelConfig.preset(..., planning=True), or give `prior`."
+                f"expected a world model with a policy prior, got one without. {_NO_HEADS}, or give `prior`."
             )
-        return lambda z, noise, task: model.prior(z, task, noise=noise).actions
 
-    def _own_values(self) -> Values:
-        model = self.world_model
-        if model.value is None:
+    def _check_own_values(self) -> None:
+        if self.world_model.value is None:
             raise ValueError(
-                "expected a world model with a value ensemble to plan with, got one without. Make it with "
-                "WorldModelConfig.preset(..., planning=True), or give `values`."
+                f"expected a world model with a value ensemble, got one without. {_NO_HEADS}, or give `values`."
             )
-        if not model.config.reward_in_task_units:
+        if not self.world_model.config.reward_in_task_units:
             raise ValueError(
-                "expected rewards in task units, as the values are, got a world model with reward_in_task_units=False."
+                "expected rewards in task units, as the value ensemble's are, got a world model with "
+                "reward_in_task_units=False. Give `values` in the model's own units."
             )
-        return model.q
+
+    def _own_prior(self, z: Tensor, noise: Tensor, task: Task) -> Tensor:
+        return self.world_model.prior(z, task, noise=noise).actions
+
+    def _own_values(self, z: Tensor, actions: Tensor, task: Task) -> Tensor:
+        return self.world_model.q(z, actions, task)
 
     def draw(self, num_envs: int = 1, generator: torch.Generator | None = None) -> PlanNoise:
         """Draw the randomness of a plan.
@@ -252,6 +258,6 @@ class Planner:
 
 
 def _pair(uniform: Tensor, count: int) -> Tensor:
-    """Choose two different members out of `count` (the one twice where there is only one) by numbers in [0, 1), (2,)."""
+    """Choose two different members out of `count`, or the only one twice, by numbers in [0, 1), (2,)."""
     first = (uniform[0] * count).long()
     return torch.stack([first, (first + 1 + (uniform[1] * (count - 1)).long()) % count])

@@ -10,16 +10,13 @@ from typing import Any, ClassVar, Self
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
-from stable_baselines3.common.utils import check_for_correct_spaces, polyak_update
+from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import Tensor
 
 from pwm_gym.agents.diagnosis import Diagnosis, diagnose
@@ -27,10 +24,8 @@ from pwm_gym.agents.first_order import critic_targets, fit_critic, improve_actor
 from pwm_gym.agents.model_based import ModelBasedAlgorithm
 from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
-from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
-from pwm_gym.replay import DictSequenceReplayBuffer, NStepSequenceReplayBuffer, SequenceReplayBuffer, WindowSource
-from pwm_gym.sb3 import as_sb3_vec_env
+from pwm_gym.replay import WindowSource
 from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, update_world_model
 from pwm_gym.world_model import WorldModel
 
