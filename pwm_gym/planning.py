@@ -53,8 +53,8 @@ class Planner:
     random, of Q(z_H, a ~ π(z_H)). The Gaussian then moves to the K best sequences, weighted by exp(τ (G_k - max G)),
     several times over; the action is the first of one of them, drawn by its weight.
 
-    The defaults are the published settings. One thing departs from TD-MPC2's code: the probability of an end weighs what
-    follows, where the code cuts off at one half.
+    The defaults are the published settings. One thing departs from TD-MPC2's code: the probability of an end weighs
+    what follows, where the code cuts off at one half.
 
     Args:
         world_model: The model, which is used as it is at the time of each plan.

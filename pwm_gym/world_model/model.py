@@ -412,9 +412,9 @@ class WorldModel(nn.Module):
         if config.action_dims:
             action_space = leading(action_space, single.action_dim)
         with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
-            model = WorldModel(single, observation_space, action_space)
+            model = WorldModel(single, observation_space, action_space).to(self.device, self.dtype)
         model.load_state_dict(fold_task(self.state_dict(), self._embedding(index), config, single))
-        return model.to(self.device, self.dtype).eval()
+        return model.eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write config, spaces and weights to one file, atomically. It holds no pickled objects."""
