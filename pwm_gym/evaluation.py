@@ -17,7 +17,9 @@ __all__ = ["episode_returns", "plot_learning_curves", "record_video"]
 
 
 class _Predictor(Protocol):
-    def predict(self, observation: Any, *, deterministic: bool, **memory: Any) -> tuple[np.ndarray, Any]: ...
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]: ...
 
 
 def episode_returns(
@@ -45,39 +47,22 @@ def episode_returns(
     """
     if episodes < 1:
         raise ValueError(f"`episodes` must be >= 1, got {episodes}.")
-    act = _Acting(agent, deterministic)
     envs = [env] if isinstance(env, gym.Env) else list(env)
     returns = np.zeros(episodes)
     for first in range(0, episodes, len(envs)):
-        some = range(first, min(first + len(envs), episodes))
-        observations = [one.reset(seed=seed + i)[0] for i, one in zip(some, envs, strict=False)]
-        running = set(some)
-        act.begin()
+        running = dict(enumerate(range(first, min(first + len(envs), episodes))))  # env -> episode
+        observations = [envs[k].reset(seed=seed + i)[0] for k, i in running.items()]
+        state = None
         while running:
-            actions = [act(observations[0])] if isinstance(env, gym.Env) else act(_stacked(observations))
-            for i in sorted(running):
-                k = i - first
-                observations[k], reward, terminated, truncated, _ = envs[k].step(actions[k])
+            batch = observations[0] if isinstance(env, gym.Env) else _stacked(observations)
+            actions, state = agent.predict(batch, state, deterministic=deterministic)
+            for k, i in list(running.items()):
+                action = actions if isinstance(env, gym.Env) else actions[k]
+                observations[k], reward, terminated, truncated, _ = envs[k].step(action)
                 returns[i] += float(reward)
                 if terminated or truncated:
-                    running.remove(i)
+                    del running[k]
     return returns
-
-
-class _Acting:
-    """An agent's `predict` through one episode, or several at once: planners and recurrent policies remember."""
-
-    def __init__(self, agent: _Predictor, deterministic: bool) -> None:
-        self.agent, self.deterministic = agent, deterministic
-        self.begin()
-
-    def begin(self) -> None:
-        self.memory: dict[str, Any] = {}
-
-    def __call__(self, observation: Any) -> Any:
-        action, state = self.agent.predict(observation, deterministic=self.deterministic, **self.memory)
-        self.memory = {} if state is None else {"state": state, "episode_start": np.zeros(len(action), dtype=bool)}
-        return action
 
 
 def _stacked(observations: list[Any]) -> Any:
@@ -119,9 +104,11 @@ def record_video(
     if env.render_mode != "rgb_array":
         raise ValueError(f"expected an env with render_mode='rgb_array', got {env.render_mode!r}.")
     observation, _ = env.reset(seed=seed)
-    frames, total, ended, act = [np.asarray(env.render())], 0.0, False, _Acting(agent, deterministic=True)
+    state = None
+    frames, total, ended = [np.asarray(env.render())], 0.0, False
     while not ended and len(frames) <= max_steps:
-        observation, reward, terminated, truncated, _ = env.step(act(observation))
+        action, state = agent.predict(observation, state, deterministic=True)
+        observation, reward, terminated, truncated, _ = env.step(action)
         frames.append(np.asarray(env.render()))
         total += float(reward)
         ended = terminated or truncated
