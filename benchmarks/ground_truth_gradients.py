@@ -19,7 +19,7 @@ from pwm_gym.replay import SequenceSamples
 __all__ = ["LearnedDynamics", "TrueDynamics", "VARIANTS", "along_horizon", "fit", "landscape"]
 
 # What a model regularises its latent by (PWM, arXiv:2407.02466, sec. 5.3): SimNorm, or an activation only.
-VARIANTS: dict[str, dict[str, str]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "SimNorm": {"regularizer": "simnorm", "activation": "mish"},
     "Mish": {"regularizer": "none", "activation": "mish"},
     "ReLU": {"regularizer": "none", "activation": "relu"},
@@ -44,14 +44,15 @@ class TrueDynamics:
     """
 
     def __init__(self, task: str, warm_up: int, batch: int, seed: int = 0) -> None:
-        self._env: Any = make_differentiable(task, batch, horizon=10_000, dtype=torch.float64)
-        self.action_dim = self._env.single_action_space.shape[0]
-        self._env.reset(seed=seed)
+        env: Any = make_differentiable(task, batch, horizon=10_000, dtype=torch.float64)
+        self._env = env
+        self.action_dim: int = env.single_action_space.shape[0]
+        env.reset(seed=seed)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(warm_up):
-            self._env.step(0.6 * torch.rand(batch, self.action_dim, generator=generator, dtype=torch.float64) - 0.3)
-        self._state = np.repeat(self._env.get_state()[:1], batch, 0)  # (batch, P)
-        self.observation = self._env.set_state(self._state)[:1].float()  # (1, O)
+            env.step(0.6 * torch.rand(batch, self.action_dim, generator=generator, dtype=torch.float64) - 0.3)
+        self._state = np.repeat(env.get_state()[:1], batch, 0)  # (batch, P)
+        self.observation = env.set_state(self._state)[:1].float()  # (1, O)
 
     def rewards(self, plans: Tensor) -> Tensor:
         """Play N plans, (H, N, A), a batch at a time."""
@@ -146,9 +147,9 @@ def fit(task: str, steps: int, updates: int, width: int, seed: int = 0, **argume
     """
     experience = _experience(task, steps // 16, 16, seed)
     torch.manual_seed(seed)
-    widths = {"latent_dim": width, "encoder_dim": width, "mlp_dim": width}
     dims = experience.observations.shape[-1], experience.actions.shape[-1]
-    model = WorldModel(WorldModelConfig(*dims, **widths, **arguments))
+    arguments |= {"latent_dim": width, "encoder_dim": width, "mlp_dim": width}
+    model = WorldModel(WorldModelConfig(*dims, **arguments))
     fit_world_model(model, experience, updates, 128, 8, 0.9, seed=seed)
     return model
 

@@ -76,8 +76,9 @@ def _save(figure: Figure, path: pathlib.Path) -> None:
 def compute_ball_wall(path: pathlib.Path, tiny: bool) -> None:
     """Compute the ball's numbers."""
     found = ball_and_wall(throws=256, updates=20 if tiny else 2_000)
+    arrays: dict[str, Any] = {f"{name}|{key}": v for name, part in found.items() for key, v in part.items()}
     with atomic_write(path) as file:
-        np.savez_compressed(file, **{f"{name}|{key}": v for name, part in found.items() for key, v in part.items()})
+        np.savez_compressed(file, **arrays)
 
 
 def draw_ball_wall(path: pathlib.Path, out: pathlib.Path) -> None:

@@ -72,7 +72,7 @@ def write(rows: list[dict[str, Any]], agent: SHAC, out: pathlib.Path) -> None:
         figure.savefig(picture, format="png")
     env = gym.make("Hopper-v5", render_mode="rgb_array", width=160, height=240)
     observation, _ = env.reset(seed=0)
-    frames = []
+    frames: list[Any] = []
     for step in range(325):
         if step >= 200 and step % 16 == 0:
             frames.append(env.render())
@@ -81,7 +81,7 @@ def write(rows: list[dict[str, Any]], agent: SHAC, out: pathlib.Path) -> None:
         if terminated:
             observation, _ = env.reset()
     with atomic_write(out / "hopper_frames.png") as picture:
-        iio.imwrite(picture, np.hstack(frames), extension=".png")  # type: ignore[arg-type]
+        picture.write(iio.imwrite("<bytes>", np.hstack(frames), extension=".png"))
 
 
 def main() -> None:
