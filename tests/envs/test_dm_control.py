@@ -464,7 +464,7 @@ def test_unknown_task_names_its_neighbours():
     with pytest.raises(ValueError, match="got 'walker-wlak'. Choose from walker-walk"):
         DMControlEnv("walker-wlak")
     with pytest.raises(ValueError, match="Choose from walker-stand, .*, hopper-hop"):
-        DMControlEnv("quadruped")
+        DMControlEnv("xyz")
 
 
 @pytest.mark.parametrize("kwargs", [{"render_mode": "human"}, {"action_repeat": 0}, {"height": 0}, {"width": -1}])
