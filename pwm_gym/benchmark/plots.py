@@ -32,7 +32,7 @@ def _draw(paint: Callable[[Any], None], height: float = _HEIGHT) -> str:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('a plot needs matplotlib: pip install "pwm-gym[benchmark]"') from error
-    style = {"svg.hashsalt": "pwm_gym", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {"svg.hashsalt": "pwm_gym", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.subplots()

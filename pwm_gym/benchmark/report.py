@@ -30,7 +30,7 @@ _ALONG = {
 
 class _Table(NamedTuple):
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def report(folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -82,7 +82,13 @@ def _of(interval: Interval) -> str:
 
 
 def _score_table(results: Results) -> _Table:
-    head = ("task", "algorithm", "seeds", "frames", "last evaluation: mean over seeds (lowest to highest)")
+    head: tuple[str, ...] = (
+        "task",
+        "algorithm",
+        "seeds",
+        "frames",
+        "last evaluation: mean over seeds (lowest to highest)",
+    )
     head += ("steadiness: worst of the last fifth / best of all", "training, minutes")
     head += tuple(f"{name}, published" for name in _PUBLISHED)
     rows = []
@@ -96,7 +102,12 @@ def _score_table(results: Results) -> _Table:
             best = max(run.values.max() for run in runs)
             frames = sorted({int(run.frames[-1]) for run in runs})
             spread = f" ({_number(min(last), task)} to {_number(max(last), task)})" if len(last) > 1 else ""
-            row = (task, label_of(algorithm), str(len(runs)), " to ".join(f"{n:,}" for n in {frames[0], frames[-1]}))
+            row: tuple[str, ...] = (
+                task,
+                label_of(algorithm),
+                str(len(runs)),
+                " to ".join(f"{n:,}" for n in {frames[0], frames[-1]}),
+            )
             row += (_number(float(np.mean(last)), task) + spread, f"{_number(steady, task)} / {_number(best, task)}")
             row += (f"{np.mean([run.seconds[-1] for run in runs]) / 60:,.1f}",)
             rows.append(row + tuple(_published_at(task, name, frames[-1], results) for name in _PUBLISHED))
