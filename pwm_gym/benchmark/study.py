@@ -110,8 +110,8 @@ class Study:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format", None) != _FORMAT:
             raise ValueError(
-                f"expected a folder of format {_FORMAT!r}, got {os.fspath(folder)!r} of another version of pwm_gym. Use "
-                f"that version, or a new folder."
+                f"expected a folder of format {_FORMAT!r}, got {os.fspath(folder)!r} of another version of pwm_gym. "
+                f"Use that version, or a new folder."
             )
         content.pop("version")
         content["cells"] = tuple(Cell(*cell) for cell in content["cells"])

@@ -83,11 +83,16 @@ def test_algorithms_are_compared_after_as_many_frames(written: Callable[..., Stu
         write_csv(study.csv_path(cell), study.rows(Cell("sac", cell.task, 0))[:2])
     scores = Results.read(study).scores()
     assert {name: values.shape for name, values in scores.items()} == {
-        "pwm": (3, 2, 2),
-        "sac": (3, 2, 2),
+        "pwm": (3, 2, 4),
+        "sac": (3, 2, 4),
         "ppo": (1, 2, 2),
     }
-    np.testing.assert_allclose(scores["pwm"][:, 0].mean(0), [0.2, 0.4], atol=0.05)  # 800 / 1,000, a quarter, a half
+    found = statistics(scores, reps=50)
+    assert found.evaluations == 2
+    assert found.iqm["pwm"].value == pytest.approx(found.iqm_curve["pwm"].value[1])
+    assert found.iqm_last["pwm"].value == pytest.approx(found.iqm_curve["pwm"].value[3])
+    assert len(found.iqm_curve["ppo"].value) == 2
+    np.testing.assert_allclose(scores["pwm"][:, 0].mean(0), [0.2, 0.4, 0.6, 0.8], atol=0.05)  # 800 / 1,000 at last
 
 
 def test_an_algorithm_that_is_not_done_is_left_out_and_named(written: Callable[..., Study]):
@@ -140,7 +145,7 @@ class _Page(HTMLParser):
         found = dict(attrs)
         self.sources += [found[name] for name in ("src", "href") if name in found]
         self.images += [found["alt"]] if tag == "img" else []
-        if tag in ("main", "div", "figure", "table", "details", "video", "style"):
+        if tag in ("main", "div", "figure", "table", "tr", "th", "td", "details", "video", "style"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 from rich.console import Console
 
 import pwm_gym
@@ -165,7 +166,8 @@ def test_a_policy_that_was_trained_in_a_model_is_scored_in_the_task(
 
 
 def frozen_model(folder: pathlib.Path, observation_dim: int) -> tuple[str, str]:
-    WorldModel(WorldModelConfig.preset("1M", observation_dim=observation_dim, action_dim=1)).save(folder / "model")
+    config = WorldModelConfig.preset("1M", observation_dim=observation_dim, action_dim=1)
+    WorldModel(config, action_space=spaces.Box(-2.0, 2.0, (1,), np.float32)).save(folder / "model")
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(21, observation_dim)).astype(np.float32)
     actions, rewards = rng.uniform(-1, 1, (20, 1)).astype(np.float32), np.ones(20, np.float32)
