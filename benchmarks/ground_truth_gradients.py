@@ -18,7 +18,7 @@ from pwm_gym.replay import SequenceSamples
 
 __all__ = ["LearnedDynamics", "TrueDynamics", "VARIANTS", "along_horizon", "fit", "landscape"]
 
-# What a model regularises its latent by (PWM, arXiv:2407.02466, sec. 5.3): SimNorm, or an activation only.
+# What a model regularises its latent by (PWM, arXiv:2407.02466): SimNorm, or an activation only.
 VARIANTS: dict[str, dict[str, Any]] = {
     "SimNorm": {"regularizer": "simnorm", "activation": "mish"},
     "Mish": {"regularizer": "none", "activation": "mish"},
@@ -171,7 +171,7 @@ def along_horizon(
 
         ESNR = Σ_j E[g_j]² / Σ_j Var[g_j]
 
-    (Parmas et al. 2023, eq. 12; PWM, arXiv:2407.02466, sec. 3): large where gradients agree.
+    (Parmas et al., ICML 2023; PWM, arXiv:2407.02466): large where gradients agree.
 
     Args:
         dynamics: Where plans are played.

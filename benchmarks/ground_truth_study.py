@@ -4,7 +4,7 @@
     python benchmarks/ground_truth_study.py ball-wall hopper      # these parts
     python benchmarks/ground_truth_study.py learning --seeds 0 1  # long: goes on where it was stopped
 
-Parts: `ball-wall` and `double-pendulum`, the two pedagogical figures of PWM (arXiv:2407.02466, sec. 3); `hopper`, the
+Parts: `ball-wall` and `double-pendulum`, the two pedagogical figures of PWM (arXiv:2407.02466); `hopper`, the
 same measurements on Hopper-v5; `learning`, PWM in a learned model and SHAC in the true dynamics with the same actor,
 critics and horizon, SAC and PPO beside them. Numbers and pictures are put into --out; a part whose numbers are there is
 only drawn again, and computed again with --again. docs/ground_truth_study.md says what they show.

@@ -7,6 +7,7 @@ search. Everything else is rl_zoo3's own: options, logging, evaluation, tuning, 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -50,28 +51,25 @@ def install() -> tuple[str, ...]:
     found = {name: getattr(pwm_gym, cls) for name, cls in _CLASSES.items() if hasattr(pwm_gym, cls)}
     ALGOS.update(found)
     exp_manager.HYPERPARAMS_SAMPLER.update({name: _SAMPLERS[name] for name in found})
-    exp_manager.HYPERPARAMS_CONVERTER.update(dict.fromkeys(found, _converted))
-    if not issubclass(rl_zoo3.train.ExperimentManager, _differentiable_manager()):
-        rl_zoo3.train.ExperimentManager = _differentiable_manager()  # type: ignore[misc]
+    converters: dict[str, Any] = exp_manager.HYPERPARAMS_CONVERTER
+    converters.update(dict.fromkeys(found, _converted))
+    launcher: Any = rl_zoo3.train
+    launcher.ExperimentManager = _differentiable_manager()
     return tuple(found)
 
 
+@functools.cache
 def _differentiable_manager() -> type:
-    """Make, once, an ExperimentManager that trains SHAC in differentiable envs."""
-    if not _MANAGERS:
-        from rl_zoo3.exp_manager import ExperimentManager
+    """Make an ExperimentManager that trains SHAC in differentiable envs."""
+    from rl_zoo3.exp_manager import ExperimentManager
 
-        class DifferentiableManager(ExperimentManager):
-            def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
-                if self.algo != "shac" or eval_env:
-                    return super().create_envs(n_envs, eval_env, no_log)
-                return as_sb3_vec_env(make_differentiable(self.env_name.gym_id, n_envs, **self.env_kwargs))
+    class DifferentiableManager(ExperimentManager):
+        def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
+            if self.algo != "shac" or eval_env:
+                return super().create_envs(n_envs, eval_env, no_log)
+            return as_sb3_vec_env(make_differentiable(self.env_name.gym_id, n_envs, **self.env_kwargs))
 
-        _MANAGERS.append(DifferentiableManager)
-    return _MANAGERS[0]
-
-
-_MANAGERS: list[type] = []
+    return DifferentiableManager
 
 
 # Search spaces. Names and values are those that the study stores; `_converted` makes arguments of them.

@@ -113,12 +113,12 @@ def main(given: Sequence[str] | None = None) -> int:
             died = any(outcome.failure for outcome in outcomes)
             if died:
                 rich.print("[red]Some runs died; the same command runs them again from where they were.[/red]")
-        rich.print(f"report: {report(folder)}")
+        rich.get_console().print(f"report: {report(folder)}", markup=False, highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         rich.print("Stopped; the same command goes on.")
         return 1
     except (ImportError, OSError, ValueError) as error:
-        rich.get_console().print(f"error: {error}", markup=False)
+        rich.get_console().print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     return int(died)
 

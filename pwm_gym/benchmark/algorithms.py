@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -216,7 +217,7 @@ def _largest_part(whole: int, limit: int) -> int:
 def make_agent(name: str, env: Any, every: int, arguments: Mapping[str, Any], seed: int, device: str) -> BaseAlgorithm:
     """Make a new agent with its defaults and these arguments."""
     num_envs = getattr(env, "num_envs", 1)
-    given = {key: value for key, value in arguments.items() if key != "num_envs"}
+    given = copy.deepcopy({key: value for key, value in arguments.items() if key != "num_envs"})  # SB3 writes into some
     settings = {**default_arguments(name, every, num_envs), **given}
     agent_class: Any = algorithm_of(name).load_class()
     return agent_class("MlpPolicy", env, seed=seed, device=device, **settings)

@@ -17,7 +17,7 @@ __all__ = ["along_horizon", "against_frames", "against_time", "improvement", "iq
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
 _PUBLISHED = {"TD-MPC2": "--", "SAC": "-.", "DreamerV3": ":"}
-_WIDTH, _HEIGHT = 5.0, 3.3  # inches, at which the letters are as large as the page's
+_WIDTH, _HEIGHT = 4.4, 3.7  # inches, at which letters can be read on a phone
 
 
 def color_of(algorithm: str, algorithms: Sequence[str]) -> str:
@@ -32,7 +32,7 @@ def _draw(paint: Callable[[Any], None], height: float = _HEIGHT) -> str:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('a plot needs matplotlib: pip install "pwm-gym[benchmark]"') from error
-    style = {"svg.hashsalt": "pwm_gym", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {"svg.hashsalt": "pwm_gym", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.subplots()
@@ -44,11 +44,11 @@ def _draw(paint: Callable[[Any], None], height: float = _HEIGHT) -> str:
 
 
 def _thousands(axes: Any) -> None:
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1_000:g}k" if abs(x) < 1e6 else f"{x / 1e6:g}M")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
 
 
 def _legend(axes: Any) -> None:
-    axes.legend(fontsize=7.5, frameon=False, loc="best")
+    axes.figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2, columnspacing=1.0)
 
 
 def _runs(axes: Any, results: Results, task: str, x_of: Callable[[Any], np.ndarray], name: str) -> None:
@@ -141,7 +141,7 @@ def _intervals(rows: Mapping[str, Interval], colors: Sequence[str], name: str, m
 
 
 def iqm_curves(found: Statistics, algorithms: Sequence[str], every: int) -> str:
-    """Draw the interquartile means after each evaluation, `every` frames apart."""
+    """Draw the interquartile means after each evaluation, `every` frames apart, as far as each algorithm's budget."""
 
     def paint(axes: Any) -> None:
         for name, curve in found.iqm_curve.items():

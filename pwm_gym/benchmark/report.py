@@ -30,7 +30,7 @@ _ALONG = {
 
 class _Table(NamedTuple):
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def report(folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -82,24 +82,31 @@ def _of(interval: Interval) -> str:
 
 
 def _score_table(results: Results) -> _Table:
-    head = ("task", "algorithm", "seeds", "frames", "last evaluation: mean over seeds (lowest to highest)")
-    head += ("steadiness: worst of the last fifth / best of all", "training, minutes")
+    head: tuple[str, ...] = (
+        "task",
+        "algorithm",
+        "last evaluation",
+        "frames",
+        "seeds",
+        "minutes",
+        "worst of the last fifth / best",
+    )
     head += tuple(f"{name}, published" for name in _PUBLISHED)
     rows = []
-    for task in results.tasks:
-        for algorithm in results.algorithms:
-            runs = list(results.runs(algorithm, task).values())
-            if not runs:
-                continue
-            last = [run.values[-1] for run in runs]
-            steady = min(run.values[run.frames >= 0.8 * run.frames[-1]].min() for run in runs)
-            best = max(run.values.max() for run in runs)
-            frames = sorted({int(run.frames[-1]) for run in runs})
-            spread = f" ({_number(min(last), task)} to {_number(max(last), task)})" if len(last) > 1 else ""
-            row = (task, label_of(algorithm), str(len(runs)), " to ".join(f"{n:,}" for n in {frames[0], frames[-1]}))
-            row += (_number(float(np.mean(last)), task) + spread, f"{_number(steady, task)} / {_number(best, task)}")
-            row += (f"{np.mean([run.seconds[-1] for run in runs]) / 60:,.1f}",)
-            rows.append(row + tuple(_published_at(task, name, frames[-1], results) for name in _PUBLISHED))
+    for task, algorithm in ((task, algorithm) for task in results.tasks for algorithm in results.algorithms):
+        runs = list(results.runs(algorithm, task).values())
+        if not runs:
+            continue
+        last = [run.values[-1] for run in runs]
+        steady = min(run.values[run.frames >= 0.8 * run.frames[-1]].min() for run in runs)
+        best = max(run.values.max() for run in runs)
+        frames = sorted({int(run.frames[-1]) for run in runs})
+        spread = f" ({_number(min(last), task)} to {_number(max(last), task)})" if len(last) > 1 else ""
+        row: tuple[str, ...] = (task, label_of(algorithm), _number(float(np.mean(last)), task) + spread)
+        row += (" to ".join(f"{n:,}" for n in dict.fromkeys((frames[0], frames[-1]))), str(len(runs)))
+        row += (f"{np.mean([run.seconds[-1] for run in runs]) / 60:,.1f}",)
+        row += (f"{_number(steady, task)} / {_number(best, task)}",)
+        rows.append(row + tuple(_published_at(task, name, frames[-1], results) for name in _PUBLISHED))
     return _Table(head, rows)
 
 
@@ -115,13 +122,15 @@ def _published_at(task: str, name: str, frames: int, results: Results) -> str:
 
 def _aggregate_tables(results: Results, found: Statistics) -> Iterator[_Table]:
     rows = [
-        (label_of(name), f"{len(results.seeds_done(name))} x {len(results.tasks)}", _of(interval))
+        (label_of(name), _of(interval), _of(found.iqm_last[name]), f"{results.study.frames[name]:,}")
+        + (f"{len(results.seeds_done(name))} x {len(results.tasks)}",)
         for name, interval in found.iqm.items()
     ]
-    yield _Table(("algorithm", "seeds x tasks", "interquartile mean (95 % interval)"), rows)
+    frames = f"{found.evaluations * results.study.every:,} frames"
+    yield _Table(("algorithm", f"IQM after {frames}", "IQM after all its frames", "frames", "seeds x tasks"), rows)
     if found.improvement:
         pairs = [(f"{label_of(a)} > {label_of(b)}", _of(value)) for (a, b), value in found.improvement.items()]
-        yield _Table(("first > second", "probability of improvement (95 % interval)"), pairs)
+        yield _Table(("first > second", f"probability of improvement, {frames}"), pairs)
 
 
 def _run_table(results: Results) -> _Table:
@@ -159,12 +168,12 @@ def _protocol(results: Results) -> str:
 def _aggregate_words(results: Results, found: Statistics | None) -> str:
     if found is None:
         return "No algorithm is done on all tasks yet, so there is no aggregate."
-    frames = results.study.every * len(next(iter(found.iqm_curve.values())).value)
+    frames = results.study.every * found.evaluations
     unknown = [task for task in results.tasks if known_scale(task) is None]
     words = (
-        f"After {frames:,} frames, which all algorithms compared here have had, over {len(results.tasks)} task"
-        f"{'s' if len(results.tasks) > 1 else ''}. Scores are returns / 1,000 on dm_control and success rates on "
-        f"Meta-World; intervals are 95 % stratified bootstrap over seeds (rliable)."
+        f"Interquartile means (IQM) of scores over {len(results.tasks)} task{'s' if len(results.tasks) > 1 else ''}, "
+        f"compared after {frames:,} frames, which all algorithms have had. Scores are returns / 1,000 on dm_control "
+        f"and success rates on Meta-World; 95 % intervals are from rliable's stratified bootstrap over seeds."
     )
     if unknown:
         words += (
@@ -223,16 +232,17 @@ main { max-width: 82rem; margin: 0 auto; padding: 1rem clamp(0.8rem, 3vw, 2.5rem
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 0.5rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 0.4rem; }
 p { max-width: 46rem; margin: 0.4rem 0 0.8rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 1.5rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 1.5rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { color: var(--soft); font-size: 0.85rem; }
 img, video { width: 100%; height: auto; display: block; }
-.films { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)); gap: 1rem; }
+.films { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: 1rem; }
 .wide { overflow-x: auto; margin: 0.6rem 0 1rem; }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.7rem 0.3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; vertical-align: bottom; max-width: 13rem; }
 td { white-space: nowrap; }
+tr.group th { padding-top: 0.9rem; }
 td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 code { font-size: 0.82rem; overflow-wrap: anywhere; }
 """
@@ -245,7 +255,11 @@ def _page(results: Results, found: Statistics | None) -> Iterator[str]:
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<style>{_STYLE}</style>\n<main>\n<h1>{html.escape(title)}</h1>"
     yield _paragraph(_protocol(results))
-    yield "<h2>Scores</h2>" + _html_table(_score_table(results))
+    yield "<h2>Scores</h2>" + _paragraph(
+        "The last evaluation's mean over seeds, and the lowest and highest seed. Minutes are of training. Published "
+        "scores are at as many frames, or at their curve's first point."
+    )
+    yield _html_table(_score_table(results), grouped=True)
     yield from _learning_curves(results)
     yield "<h2>Over all tasks</h2>" + _paragraph(_aggregate_words(results, found))
     if found is not None:
@@ -264,13 +278,17 @@ def _paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def _html_table(table: _Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}" for cell in table.head)
-    rows = (
-        "".join(f"<td{' class=long' if len(cell) > 60 else ''}>{html.escape(cell)}" for cell in row)
-        for row in table.rows
-    )
-    return f'<div class="wide"><table><tr>{head}' + "".join(f"\n<tr>{row}" for row in rows) + "</table></div>"
+def _html_table(table: _Table, grouped: bool = False) -> str:
+    """Write a table; if `grouped`, the first column's cells become headings above the rows that share them."""
+    lines, before = [], None
+    for row in table.rows:
+        if grouped and row[0] != before:
+            before = row[0]
+            lines.append(f'<tr class="group"><th colspan="{len(row) - 1}">{html.escape(before)}</th></tr>')
+        cells = (f"<td{' class=long' if len(cell) > 60 else ''}>{html.escape(cell)}</td>" for cell in row[grouped:])
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head[grouped:])
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def _picture(svg: str, alt: str) -> str:

@@ -144,18 +144,16 @@ class Results:
         scale, values go from 0 at the lowest to 1 at the highest value in this folder.
 
         Returns:
-            {algorithm: (seeds, tasks, T)}, T the evaluations that all of these algorithms have.
+            {algorithm: (seeds, tasks, T)}, T the evaluations of the algorithm's budget.
         """
-        seeds = {a: self.seeds_done(a) for a in self.algorithms if self.seeds_done(a)}
-        if not seeds:
-            return {}
-        count = min(self.study.evaluations(algorithm) for algorithm in seeds)
-        stacked = {
-            algorithm: np.array([[self.runs(algorithm, task)[s].values[:count] for task in self.tasks] for s in chosen])
-            for algorithm, chosen in seeds.items()
-        }
         low, high = np.array([self._scale(task) for task in self.tasks]).T[:, None, :, None]  # (1, tasks, 1)
-        return {algorithm: (values - low) / (high - low) for algorithm, values in stacked.items()}
+        found = {}
+        for algorithm in self.algorithms:
+            count, seeds = self.study.evaluations(algorithm), self.seeds_done(algorithm)
+            runs = [[self.runs(algorithm, task)[seed].values[:count] for task in self.tasks] for seed in seeds]
+            if runs:
+                found[algorithm] = (np.array(runs) - low) / (high - low)
+        return found
 
     def _scale(self, task: str) -> tuple[float, float]:
         known = known_scale(task)

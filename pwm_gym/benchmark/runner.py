@@ -127,7 +127,7 @@ def _check_envs(study: Study, cells: Sequence[Cell]) -> None:
         algorithm = algorithm_of(name)
         algorithm.load_class()
         if algorithm.differentiable or study.world_model is not None:
-            real_env(algorithm._replace(reads_latents=True), env_id_of(task), study.world_model).close()
+            real_env(algorithm._replace(latent_face="numpy"), env_id_of(task), study.world_model).close()
             training_env(algorithm, env_id_of(task), study.every, 1, study.world_model, study.data).close()
 
 

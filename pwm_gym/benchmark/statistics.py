@@ -12,7 +12,7 @@ import numpy as np
 __all__ = ["Interval", "Statistics", "statistics"]
 
 _TAUS = np.linspace(0.0, 1.0, 51)
-_REPS = 5_000  # bootstrap samples of an interquartile mean; of everything else a tenth as many
+_REPS = 2_000  # bootstrap samples of an interquartile mean; of everything else a tenth as many
 
 
 class Interval(NamedTuple):
@@ -27,15 +27,19 @@ class Statistics(NamedTuple):
     """What can be said of several algorithms over several tasks.
 
     Attributes:
-        iqm: Interquartile mean of the last scores, by algorithm.
-        iqm_curve: The same after each evaluation, (T,).
-        profile: Share of runs whose last score is above each of `taus`.
+        evaluations: How many all algorithms have; those behind it are left out where algorithms are compared.
+        iqm: Interquartile mean of the scores after so many evaluations, by algorithm.
+        iqm_last: The same after each algorithm's own last evaluation.
+        iqm_curve: The same after each of its evaluations, (T,).
+        profile: Share of runs whose score after so many evaluations is above each of `taus`.
         taus: Scores that the profiles are evaluated at.
-        improvement: Probability that a run of the first algorithm scores higher than one of the second on the same
-            task, averaged over tasks, by pair.
+        improvement: Probability that after so many evaluations a run of the first algorithm scores higher than one of
+            the second on the same task, averaged over tasks, by pair.
     """
 
+    evaluations: int
     iqm: dict[str, Interval]
+    iqm_last: dict[str, Interval]
     iqm_curve: dict[str, Interval]
     profile: dict[str, Interval]
     taus: np.ndarray
@@ -57,7 +61,7 @@ def statistics(scores: Mapping[str, np.ndarray], seed: int = 0, reps: int = _REP
     """Compute IQM, performance profiles and probabilities of improvement, with stratified bootstrap intervals.
 
     Args:
-        scores: {algorithm: (seeds, tasks, T)} of comparable scores, as `Results.scores` gives them.
+        scores: {algorithm: (seeds, tasks, T)} of comparable scores, as `Results.scores` gives them. T may differ.
         seed: Of the bootstrap.
         reps: Bootstrap samples of an interquartile mean; everything else gets a tenth as many.
 
@@ -93,13 +97,20 @@ def statistics(scores: Mapping[str, np.ndarray], seed: int = 0, reps: int = _REP
         return (values.reshape(1, -1) > _TAUS[:, None]).mean(1)  # as library.score_distributions, but at once
 
     few = max(reps // 10, 1)
-    last = {name: values[..., -1] for name, values in scores.items()}
-    pairs = {pair: [last[pair[0]], last[pair[1]]] for pair in combinations(last, 2)}
+
+    def iqm(values: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_iqm(values)])
+
+    count = min(values.shape[-1] for values in scores.values())
+    equal = {name: values[..., count - 1] for name, values in scores.items()}
+    pairs = {pair: [equal[pair[0]], equal[pair[1]]] for pair in combinations(equal, 2)}
     with _seeded(seed):
         return Statistics(
-            first(intervals(last, lambda values: np.array([metrics.aggregate_iqm(values)]), reps)),
+            count,
+            first(intervals(equal, iqm, reps)),
+            first(intervals({name: values[..., -1] for name, values in scores.items()}, iqm, reps)),
             intervals(scores, iqm_along, few),
-            intervals(last, above, few),
+            intervals(equal, above, few),
             _TAUS,
             first(intervals(pairs, _improvement(metrics.probability_of_improvement), few)) if pairs else {},
         )

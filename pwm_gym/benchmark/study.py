@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pathlib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -94,7 +95,7 @@ class Study:
     # The folder
 
     @classmethod
-    def open(cls, folder: str | pathlib.Path) -> Study:
+    def open(cls, folder: str | os.PathLike[str]) -> Study:
         """Read the folder of a benchmark.
 
         Raises:
@@ -104,13 +105,13 @@ class Study:
         path = pathlib.Path(folder, "benchmark.json")
         if not path.exists():
             raise FileNotFoundError(
-                f"expected a benchmark in {str(folder)!r}, got no benchmark.json there. Begin one with `run`."
+                f"expected a benchmark in {os.fspath(folder)!r}, got no benchmark.json there. Begin one with `run`."
             )
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format", None) != _FORMAT:
             raise ValueError(
-                f"expected a folder of format {_FORMAT!r}, got {str(folder)!r} of another version of pwm_gym. Use that "
-                f"version, or a new folder."
+                f"expected a folder of format {_FORMAT!r}, got {os.fspath(folder)!r} of another version of pwm_gym. "
+                f"Use that version, or a new folder."
             )
         content.pop("version")
         content["cells"] = tuple(Cell(*cell) for cell in content["cells"])
