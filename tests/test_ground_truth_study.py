@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from pwm_gym.benchmark import Cell, Study
+from pwm_gym.benchmark.algorithms import check_arguments
+from pwm_gym.benchmark.study import write_csv
+
 BENCHMARKS = str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks")
 PENDULUM = "pwm_gym/TorchPendulum-v0"
 
@@ -93,3 +97,32 @@ def test_parts_write_numbers_and_pictures_and_are_not_computed_twice(
     for name in ("compute_ball_wall", "fit", "landscape"):
         monkeypatch.setattr(study, name, lambda *_, **__: pytest.fail("computed again"))
     assert study.main() == 0
+
+
+def test_pwm_and_shac_learn_with_the_same_actor_critics_and_horizon(module: Any, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+
+    def run(folder: Any, algorithms: Any, tasks: Any, seeds: Any, **settings: Any) -> list[Any]:
+        asked.update(settings, algorithms=algorithms)
+        return []
+
+    monkeypatch.setattr("pwm_gym.benchmark.run", run)
+    monkeypatch.setattr(sys, "argv", ["study", "learning"])
+    study = module("ground_truth_study")
+    monkeypatch.setattr(study, "draw_learning", lambda out: None)
+    assert study.main() == 0
+    assert asked["algorithms"] == ("pwm", "shac", "sac", "ppo")
+    pwm, shac = asked["arguments"]["pwm"], dict(asked["arguments"]["shac"])
+    del shac["num_envs"]
+    assert pwm == shac and {"horizon", "policy_kwargs"} <= set(pwm)
+    for name, arguments in asked["arguments"].items():
+        check_arguments(name, arguments)
+
+
+def test_learning_is_drawn_as_far_as_it_has_come(module: Any, tmp_path: pathlib.Path):
+    cells = tuple(Cell(algorithm, "Hopper-v5", 0) for algorithm in ("pwm", "shac"))
+    study = Study(tmp_path / "learning", cells, {"pwm": 10_000, "shac": 10_000}, 5_000, 1)
+    study.save()
+    write_csv(study.csv_path(cells[0]), [{"frames": 5_000, "train_wall_seconds": 3.0, "mean_return": 1.0}])
+    module("ground_truth_study").draw_learning(tmp_path)
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
