@@ -49,24 +49,17 @@ class Algorithm(NamedTuple):
         return self.latent_face in ("torch", "numpy")
 
     def load_class(self) -> type[BaseAlgorithm]:
-        """Import the class.
-
-        Raises:
-            ValueError: If this installation doesn't have it.
-        """
+        """Import the class."""
         module, _, name = self.source.partition(":")
-        found = getattr(importlib.import_module(module), name, None)
-        if found is None:
-            raise ValueError(f"{self.label} needs {module}.{name}, which this version doesn't have. Update {module}.")
-        return found
+        return getattr(importlib.import_module(module), name)
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "pwm": Algorithm("PWM", "pwm_gym:PWM", latent_face="agent"),
-    "tdmpc2": Algorithm("TD-MPC2", "pwm_gym:TDMPC2", latent_face=None),
+    "pwm": Algorithm("PWM", "pwm_gym.agents:PWM", latent_face="agent"),
+    "tdmpc2": Algorithm("TD-MPC2", "pwm_gym.agents:TDMPC2", latent_face=None),
     "sac": Algorithm("SAC", "stable_baselines3:SAC"),
     "ppo": Algorithm("PPO", "stable_baselines3:PPO"),
-    "shac": Algorithm("SHAC", "pwm_gym:SHAC", differentiable=True, latent_face="torch"),
+    "shac": Algorithm("SHAC", "pwm_gym.agents:SHAC", differentiable=True, latent_face="torch"),
 }
 
 

@@ -18,7 +18,6 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-import pwm_gym
 from pwm_gym.benchmark.algorithms import algorithm_of, env_id_of, label_of, real_env, training_env
 from pwm_gym.benchmark.study import Cell, Study
 from pwm_gym.serialization import atomic_write
@@ -93,7 +92,7 @@ def run(
     Example:
         >>> run("runs/new", ["pmw"], ["walker-walk"], seeds=[0, 1, 2])
         Traceback (most recent call last):
-        ValueError: unknown algorithm 'pmw': did you mean 'pwm' or 'ppo'?
+        ValueError: unknown algorithm 'pmw': did you mean 'pwm'?
     """
     path = pathlib.Path(folder)
     known = Study.open(path) if (path / "benchmark.json").exists() else None
@@ -146,7 +145,7 @@ class _Process:
         for name in ("failure.txt", "progress.txt"):
             (state / name).unlink(missing_ok=True)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        root = str(pathlib.Path(pwm_gym.__file__).parents[1])  # so that it runs the package that this one runs
+        root = str(pathlib.Path(__file__).parents[2])  # so that it runs the package that this one runs
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "pwm_gym.benchmark.worker", str(study.folder), *map(str, cell)]
         with (state / "log.txt").open("ab") as log:
