@@ -13,8 +13,8 @@ import numpy as np
 
 from pwm_gym.benchmark import plots
 from pwm_gym.benchmark.algorithms import label_of
-from pwm_gym.benchmark.results import Results, known_scale, measure_of, published
 from pwm_gym.benchmark.intervals import Interval, Statistics, statistics
+from pwm_gym.benchmark.results import Results, known_scale, measure_of, published
 from pwm_gym.benchmark.study import Cell, Study, write_csv
 from pwm_gym.serialization import atomic_write
 

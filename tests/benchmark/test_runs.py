@@ -45,11 +45,14 @@ def scores(study: Study, cell: Cell) -> list[dict[str, str]]:
 
 
 @pytest.mark.filterwarnings("ignore:You are loading an agent:UserWarning")
-@pytest.mark.parametrize("algorithm", ["sac", "ppo", "pwm"])
+@pytest.mark.parametrize(
+    "algorithm, task",
+    [("sac", TASK), ("ppo", TASK), ("pwm", TASK), ("tdmpc2", TASK), ("shac", "InvertedPendulum-v5")],
+)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_curve(
-    algorithm: str, tiny: dict[str, dict[str, Any]], tmp_path: pathlib.Path
+    algorithm: str, task: str, tiny: dict[str, dict[str, Any]], tmp_path: pathlib.Path
 ):
-    cell = Cell(algorithm, TASK, 3)
+    cell = Cell(algorithm, task, 3)
     whole = study_of(tmp_path / "whole", cell, tiny[algorithm], 400)
     train(whole, cell)
     parts = study_of(tmp_path / "parts", cell, tiny[algorithm], 400)
