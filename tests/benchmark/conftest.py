@@ -15,7 +15,7 @@ from pwm_gym.benchmark.study import write_csv
 TINY: dict[str, dict[str, Any]] = {
     "sac": {"policy_kwargs": {"net_arch": [8]}, "batch_size": 8, "learning_starts": 20, "train_freq": 20},
     "ppo": {"policy_kwargs": {"net_arch": [8]}, "n_epochs": 1},
-    "shac": {"num_envs": 2, "horizon": 20, "policy_kwargs": {"net_arch": {"pi": [8], "qf": [8]}}},
+    "shac": {"num_envs": 2, "horizon": 20, "policy_kwargs": {"net_arch": [8]}},
     "tdmpc2": {
         "learning_starts": 150,
         "seed_updates": 1,

@@ -47,7 +47,13 @@ def scores(study: Study, cell: Cell) -> list[dict[str, str]]:
 @pytest.mark.filterwarnings("ignore:You are loading an agent:UserWarning")
 @pytest.mark.parametrize(
     "algorithm, task",
-    [("sac", TASK), ("ppo", TASK), ("pwm", TASK), ("tdmpc2", TASK), ("shac", "InvertedPendulum-v5")],
+    [
+        ("sac", TASK),
+        ("ppo", TASK),
+        ("pwm", TASK),
+        ("shac", "InvertedPendulum-v5"),
+        pytest.param("tdmpc2", TASK, marks=pytest.mark.expensive),
+    ],
 )
 def test_a_run_that_was_cut_off_goes_on_to_the_same_curve(
     algorithm: str, task: str, tiny: dict[str, dict[str, Any]], tmp_path: pathlib.Path
