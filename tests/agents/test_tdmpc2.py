@@ -309,6 +309,18 @@ def test_stored_actions_are_the_executed_ones_in_units_of_the_model(toy: Any):
     assert np.abs(stored).max() <= 1.0
 
 
+def test_a_copy_of_a_policy_plans_with_its_own_model(toy: Any):
+    policy = make(toy(), world_model=make_model()).policy
+    copied = copy.deepcopy(policy)
+    observation = np.array([0.3, -0.2, 0.5], np.float32)
+    before, _ = copied.predict(observation, deterministic=True)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+    np.testing.assert_array_equal(copied.predict(observation, deterministic=True)[0], before)
+    assert not np.array_equal(policy.predict(observation, deterministic=True)[0], before)
+
+
 def test_a_state_of_other_envs_is_refused(toy: Any):
     agent = make(toy(), world_model=make_model())
     _, state = agent.predict(np.zeros((2, 3), np.float32))
@@ -454,6 +466,8 @@ def test_plans_on_top_of_pwm_use_its_policy_and_critics(make_agent: Any, toy: An
     plan = planner.plan(z, noise, deterministic=True)
     np.testing.assert_allclose(actions, plan.actions.numpy(), rtol=1e-5, atol=1e-6)
     assert not np.array_equal(actions, agent.predict(observations, deterministic=True)[0])
+    with pytest.raises(NotImplementedError, match="save the agent, and call plan_with again"):
+        planned.save("planned")
     calls = watch(planned)
     evaluate_policy(planned, DummyVecEnv([toy, toy]), n_eval_episodes=2, warn=False)
     assert len(calls) == 8
