@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
-import pwm_gym
+from pwm_gym import agents
 from pwm_gym.envs.factory import make_differentiable
 from pwm_gym.sb3 import as_sb3_vec_env
 
@@ -48,7 +48,7 @@ def install() -> tuple[str, ...]:
         from rl_zoo3 import ALGOS, exp_manager
     except ImportError as error:
         raise _missing(error) from error
-    found = {name: getattr(pwm_gym, cls) for name, cls in _CLASSES.items() if hasattr(pwm_gym, cls)}
+    found = {name: getattr(agents, cls) for name, cls in _CLASSES.items()}
     ALGOS.update(found)
     exp_manager.HYPERPARAMS_SAMPLER.update({name: _SAMPLERS[name] for name in found})
     converters: dict[str, Any] = exp_manager.HYPERPARAMS_CONVERTER

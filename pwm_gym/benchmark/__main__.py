@@ -12,7 +12,7 @@ from typing import Any
 
 import rich
 
-from pwm_gym.benchmark.report import report
+from pwm_gym.benchmark.reporting import report
 from pwm_gym.benchmark.runner import run
 
 _EXAMPLES = """

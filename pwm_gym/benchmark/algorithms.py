@@ -24,6 +24,7 @@ __all__ = ["ALGORITHMS", "Algorithm", "algorithm_of", "check_arguments", "env_id
 
 _ROLLOUT, _MINIBATCH = 2048, 64  # SB3's defaults of PPO's n_steps and batch_size
 _MOST_ENVS = 64
+_FILM = 240  # pixels
 
 
 class Algorithm(NamedTuple):
@@ -49,24 +50,17 @@ class Algorithm(NamedTuple):
         return self.latent_face in ("torch", "numpy")
 
     def load_class(self) -> type[BaseAlgorithm]:
-        """Import the class.
-
-        Raises:
-            ValueError: If this installation doesn't have it.
-        """
+        """Import the class."""
         module, _, name = self.source.partition(":")
-        found = getattr(importlib.import_module(module), name, None)
-        if found is None:
-            raise ValueError(f"{self.label} needs {module}.{name}, which this version doesn't have. Update {module}.")
-        return found
+        return getattr(importlib.import_module(module), name)
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "pwm": Algorithm("PWM", "pwm_gym:PWM", latent_face="agent"),
-    "tdmpc2": Algorithm("TD-MPC2", "pwm_gym:TDMPC2", latent_face=None),
+    "pwm": Algorithm("PWM", "pwm_gym.agents:PWM", latent_face="agent"),
+    "tdmpc2": Algorithm("TD-MPC2", "pwm_gym.agents:TDMPC2", latent_face=None),
     "sac": Algorithm("SAC", "stable_baselines3:SAC"),
     "ppo": Algorithm("PPO", "stable_baselines3:PPO"),
-    "shac": Algorithm("SHAC", "pwm_gym:SHAC", differentiable=True, latent_face="torch"),
+    "shac": Algorithm("SHAC", "pwm_gym.agents:SHAC", differentiable=True, latent_face="torch"),
 }
 
 
@@ -178,7 +172,8 @@ def real_env(algorithm: Algorithm, env_id: str, model: str | None, render_mode: 
     Raises:
         ValueError: If the model doesn't fit the task.
     """
-    env = gym.make(env_id, render_mode=render_mode)
+    size = {"height": _FILM, "width": _FILM} if render_mode and env_id.startswith("pwm_gym/") else {}
+    env = gym.make(env_id, render_mode=render_mode, **size)
     if model is None:
         return env
     seen = LatentObservation(env, WorldModel.load(model))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pwm_gym.benchmark.algorithms import label_of
+from pwm_gym.benchmark.intervals import Interval, Statistics
 from pwm_gym.benchmark.results import Results, measure_of, published
-from pwm_gym.benchmark.statistics import Interval, Statistics
 
 __all__ = ["along_horizon", "against_frames", "against_time", "improvement", "iqm", "iqm_curves", "profiles"]
 

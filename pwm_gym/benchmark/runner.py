@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-import pwm_gym
 from pwm_gym.benchmark.algorithms import algorithm_of, env_id_of, label_of, real_env, training_env
 from pwm_gym.benchmark.study import Cell, Study
 from pwm_gym.serialization import atomic_write
@@ -93,7 +93,7 @@ def run(
     Example:
         >>> run("runs/new", ["pmw"], ["walker-walk"], seeds=[0, 1, 2])
         Traceback (most recent call last):
-        ValueError: unknown algorithm 'pmw': did you mean 'pwm' or 'ppo'?
+        ValueError: unknown algorithm 'pmw': did you mean 'pwm'?
     """
     path = pathlib.Path(folder)
     known = Study.open(path) if (path / "benchmark.json").exists() else None
@@ -103,7 +103,7 @@ def run(
         for name, given in {"algorithm": algorithms, "task": tasks, "seed": seeds}.items():
             if not len(given):
                 raise ValueError(f"expected at least one {name}, got none.")
-        cells = tuple(Cell(a, t, s) for s in seeds for t in tasks for a in algorithms)
+        cells = tuple(dict.fromkeys(Cell(a, t, s) for s in seeds for t in tasks for a in algorithms))
         budgets = {a: frames if isinstance(frames, int) else _budget(frames, a) for a in algorithms}
         asked = {a: dict(settings) for a, settings in (arguments or {}).items()}
         study = Study(path, cells, budgets, every, episodes, asked, world_model, data)
@@ -146,7 +146,7 @@ class _Process:
         for name in ("failure.txt", "progress.txt"):
             (state / name).unlink(missing_ok=True)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        root = str(pathlib.Path(pwm_gym.__file__).parents[1])  # so that it runs the package that this one runs
+        root = str(pathlib.Path(__file__).parents[2])  # so that it runs the package that this one runs
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "pwm_gym.benchmark.worker", str(study.folder), *map(str, cell)]
         with (state / "log.txt").open("ab") as log:
@@ -200,10 +200,10 @@ def _run_all(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     running.append(_Process(study, waiting.pop(0), threads, device))
-                show(running, waiting)
+                show(running)
                 time.sleep(_REFRESH)
                 running = [process for process in running if not process.finished()]
-            show(running, waiting)
+            show(running)
         finally:
             for process in running:  # after Ctrl-C: they go on from their last evaluations next time
                 process.stop()
@@ -218,9 +218,9 @@ def _display(study: Study, cells: Sequence[Cell], console: Console) -> Iterator[
     if not console.is_terminal:
         seen: dict[Cell, str] = {}
 
-        def show_lines(running: Sequence[_Process], waiting: Sequence[Cell]) -> None:
+        def show_lines(running: Sequence[_Process]) -> None:
             for cell in cells:
-                line = _line(study, cell, running, waiting)
+                line = _line(study, cell, running)
                 if line and seen.get(cell) != line:
                     seen[cell] = line
                     console.print(line, highlight=False, soft_wrap=True)
@@ -228,10 +228,10 @@ def _display(study: Study, cells: Sequence[Cell], console: Console) -> Iterator[
         yield show_lines
         return
     with Live(console=console, refresh_per_second=2, transient=False) as live:
-        yield lambda running, waiting: live.update(_table(study, cells, running, waiting, console.height))
+        yield lambda running: live.update(_table(study, cells, running, console.height))
 
 
-def _line(study: Study, cell: Cell, running: Sequence[_Process], waiting: Sequence[Cell]) -> str:
+def _line(study: Study, cell: Cell, running: Sequence[_Process]) -> str:
     rows, failure = study.rows(cell), study.failure(cell)
     if failure is not None and not any(process.cell == cell for process in running):
         return f"{cell}: died, {failure} (run it again to go on)"
@@ -241,18 +241,17 @@ def _line(study: Study, cell: Cell, running: Sequence[_Process], waiting: Sequen
     return f"{cell}: {int(rows[-1]['frames']):,} frames, return {float(rows[-1]['mean_return']):.1f}{done}"
 
 
-def _table(
-    study: Study, cells: Sequence[Cell], running: Sequence[_Process], waiting: Sequence[Cell], height: int
-) -> Table:
-    """Draw the runs: those that run and those that died first, where the terminal is too low for all."""
+def _table(study: Study, cells: Sequence[Cell], running: Sequence[_Process], height: int) -> Table:
+    """Draw the runs; where the terminal is too low for all, those that run, that died and that wait come first."""
     active = {process.cell: process for process in running}
-    done = sum(study.is_done(cell) for cell in cells)
-    died = sum(study.failure(cell) is not None for cell in cells if cell not in active)
-    table = Table(title=f"{study.folder}: {done} of {len(cells)} runs done, {died} died", title_justify="left")
+    done = {cell for cell in cells if study.is_done(cell)}
+    died = {cell for cell in cells if study.failure(cell) is not None and cell not in active}
+    table = Table(
+        title=f"{study.folder.name}: {len(done)} of {len(cells)} runs done, {len(died)} died", title_justify="left"
+    )
     for name in ("run", "progress", "frames", "return", "training", "left"):
         table.add_column(name, justify="left" if name in ("run", "progress") else "right")
-    rank = {cell: (cell not in active, study.failure(cell) is None, cell in waiting) for cell in cells}
-    shown = sorted(cells, key=rank.__getitem__)[: max(height - 6, 4)]
+    shown = sorted(cells, key=lambda cell: (cell not in active, cell not in died, cell in done))[: max(height - 6, 4)]
     for cell in cells:
         if cell in shown:
             table.add_row(*_cells_of(study, cell, active.get(cell)))
@@ -272,9 +271,11 @@ def _cells_of(study: Study, cell: Cell, process: _Process | None) -> tuple[Any, 
             rate = (time.monotonic() - process.began) / (frames - process.frames_before)
             left = f"{rate * (budget - frames):,.0f} s"
     elif failure is not None:
-        state = f"[red]died: {failure}[/red]"
+        state = Text(f"died: {failure}", style="red")
+    elif study.is_done(cell, rows):
+        state = Text("done", style="green")
     elif not rows:
-        state = "waiting"
+        state = Text("waiting")
     last = f"{float(rows[-1]['mean_return']):.1f}" if rows else ""
     seconds = f"{float(rows[-1]['train_wall_seconds']):,.0f} s" if rows else ""
     return str(cell), state, f"{frames:,} of {budget:,}", last, seconds, left

@@ -23,7 +23,12 @@ EVALUATION_SEED = 10_000  # of the first evaluation episode; the others count on
 
 
 class Cell(NamedTuple):
-    """One run: an algorithm on a task from a seed."""
+    """One run: an algorithm on a task from a seed.
+
+    Example:
+        >>> str(Cell("pwm@h16", "walker-walk", 0))
+        'PWM (h16) on walker-walk, seed 0'
+    """
 
     algorithm: str
     task: str
@@ -55,6 +60,14 @@ class Study:
         arguments: What differs from an algorithm's defaults, by algorithm.
         world_model: File of a frozen model that agents are trained in, None where they train in the tasks.
         data: Folder of the dataset that imagined episodes start from.
+
+    Raises:
+        ValueError: If a name is unknown, or a number out of range.
+
+    Example:
+        >>> study = Study(pathlib.Path("runs/new"), (Cell("pwm", "walker-walk", 0),), {"pwm": 30_000})
+        >>> study.evaluations("pwm"), study.is_done(study.cells[0])
+        (6, False)
     """
 
     folder: pathlib.Path
@@ -105,7 +118,7 @@ class Study:
         path = pathlib.Path(folder, "benchmark.json")
         if not path.exists():
             raise FileNotFoundError(
-                f"expected a benchmark in {os.fspath(folder)!r}, got no benchmark.json there. Begin one with `run`."
+                f"expected benchmark.json in {os.fspath(folder)!r}, got none. Begin a benchmark with `run`."
             )
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format", None) != _FORMAT:

@@ -15,6 +15,18 @@ from pwm_gym.benchmark.study import write_csv
 TINY: dict[str, dict[str, Any]] = {
     "sac": {"policy_kwargs": {"net_arch": [8]}, "batch_size": 8, "learning_starts": 20, "train_freq": 20},
     "ppo": {"policy_kwargs": {"net_arch": [8]}, "n_epochs": 1},
+    "shac": {"num_envs": 2, "horizon": 20, "policy_kwargs": {"net_arch": [8]}},
+    "tdmpc2": {
+        "learning_starts": 150,
+        "seed_updates": 1,
+        "train_freq": 50,
+        "gradient_steps": 1,
+        "batch_size": 8,
+        "policy_kwargs": {
+            "world_model_kwargs": {"size": "1M"},
+            "planner_kwargs": {"num_samples": 8, "num_elites": 4, "num_prior": 2, "iterations": 1},
+        },
+    },
     "pwm": {"learning_starts": 60, "train_freq": 20, "batch_size": 8, "model_batch_size": 8, "horizon": 3},
 }
 

@@ -27,7 +27,7 @@ LEVELS = {
 
 @pytest.fixture(autouse=True)
 def few_bootstrap_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pwm_gym.benchmark.report.statistics", functools.partial(statistics, reps=50))
+    monkeypatch.setattr("pwm_gym.benchmark.reporting.statistics", functools.partial(statistics, reps=50))
 
 
 def test_statistics_agree_with_rliable_on_the_csv(written: Callable[..., Study]):
@@ -179,7 +179,7 @@ def test_reports_of_equal_runs_are_equal(written: Callable[..., Study]):
 
 
 def test_what_is_missing_is_said(written: Callable[..., Study], tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(FileNotFoundError, match=r"got no benchmark\.json there"):
+    with pytest.raises(FileNotFoundError, match=r"expected benchmark\.json in"):
         report(tmp_path)
     study = written(LEVELS, done=1)
     text = report(study.folder).with_name("report.md").read_text()

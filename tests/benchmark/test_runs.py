@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from pwm_gym import OfflineDataset, WorldModel, WorldModelConfig
 from pwm_gym.benchmark import Cell, Outcome, Study, run
 from pwm_gym.benchmark.__main__ import main
 from pwm_gym.benchmark.algorithms import default_arguments
+from pwm_gym.benchmark.runner import _table
 from pwm_gym.benchmark.worker import train
 from pwm_gym.datasets.storage import Episode
 
@@ -45,18 +47,27 @@ def scores(study: Study, cell: Cell) -> list[dict[str, str]]:
 
 
 @pytest.mark.filterwarnings("ignore:You are loading an agent:UserWarning")
-@pytest.mark.parametrize("algorithm", ["sac", "ppo", "pwm"])
+@pytest.mark.parametrize(
+    "algorithm, task",
+    [
+        ("sac", TASK),
+        ("ppo", TASK),
+        ("pwm", TASK),
+        ("shac", "InvertedPendulum-v5"),
+        pytest.param("tdmpc2", TASK, marks=pytest.mark.expensive),
+    ],
+)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_curve(
-    algorithm: str, tiny: dict[str, dict[str, Any]], tmp_path: pathlib.Path
+    algorithm: str, task: str, tiny: dict[str, dict[str, Any]], tmp_path: pathlib.Path
 ):
-    cell = Cell(algorithm, TASK, 3)
-    whole = study_of(tmp_path / "whole", cell, tiny[algorithm], 600)
+    cell = Cell(algorithm, task, 3)
+    whole = study_of(tmp_path / "whole", cell, tiny[algorithm], 400)
     train(whole, cell)
-    parts = study_of(tmp_path / "parts", cell, tiny[algorithm], 600)
+    parts = study_of(tmp_path / "parts", cell, tiny[algorithm], 400)
     train(dataclasses.replace(parts, frames={algorithm: 200}), cell)
     assert len(parts.rows(cell)) == 1
     train(parts, cell)
-    assert [row["frames"] for row in parts.rows(cell)] == ["200", "400", "600"]
+    assert [row["frames"] for row in parts.rows(cell)] == ["200", "400"]
     without_command = [{k: v for k, v in row.items() if k != "command"} for row in scores(parts, cell)]
     assert without_command == [{k: v for k, v in row.items() if k != "command"} for row in scores(whole, cell)]
 
@@ -106,6 +117,28 @@ def test_a_run_that_dies_leaves_its_reason_and_the_others_alone(
     study = Study.open(tmp_path / "study")
     assert "Traceback" in (study.state_path(failed.cell) / "log.txt").read_text()
     assert study.is_done(fine.cell) and not study.is_done(failed.cell)
+
+
+def test_a_terminal_shows_all_runs_and_first_those_that_are_open(written: Callable[..., Study]):
+    study = written({(name, "walker-walk"): 900.0 for name in ("pwm", "sac", "ppo")})
+    late = study.cells[-1]
+    study.csv_path(late).unlink()
+    state = study.state_path(late)
+    state.mkdir(parents=True)
+    (state / "failure.txt").write_text("killed by SIGKILL [9]")
+    out = io.StringIO()
+    Console(file=out, width=120).print(_table(study, study.cells, [], height=12))
+    text = out.getvalue()
+    assert "study: 8 of 9 runs done, 1 died" in text and "and 3 more" in text
+    assert "PPO on walker-walk, seed 2" in text and "died: killed by SIGKILL [9]" in text
+    assert "20,000 of 20,000" in text and "done" in text
+
+
+def test_a_finished_benchmark_starts_nothing(written: Callable[..., Study]):
+    study, out = written({("ppo", "walker-walk"): 900.0}), io.StringIO()
+    outcomes = run(study.folder, console=Console(file=out, force_terminal=True, width=120, height=20))
+    assert [outcome.failure for outcome in outcomes] == [None] * 3
+    assert "3 of 3 runs done, 0 died" in out.getvalue()
 
 
 def test_a_csv_without_its_state_is_not_overwritten(written: Callable[..., Study]):
@@ -247,7 +280,7 @@ def test_the_command_line_names_what_is_wrong(tmp_path: pathlib.Path, capsys: py
     assert main(["run", "--algorithms", "pwm", "--tasks", TASK, "--seeds", "0", "--set", "horizon=3", *place]) == 1
     assert "expected NAME.ARG=JSON such as pwm.horizon=16" in capsys.readouterr().out
     assert main(["report", *place]) == 1
-    assert "got no benchmark.json there" in capsys.readouterr().out
+    assert "expected benchmark.json in" in capsys.readouterr().out
 
 
 @pytest.mark.expensive

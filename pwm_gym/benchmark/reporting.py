@@ -13,8 +13,8 @@ import numpy as np
 
 from pwm_gym.benchmark import plots
 from pwm_gym.benchmark.algorithms import label_of
+from pwm_gym.benchmark.intervals import Interval, Statistics, statistics
 from pwm_gym.benchmark.results import Results, known_scale, measure_of, published
-from pwm_gym.benchmark.statistics import Interval, Statistics, statistics
 from pwm_gym.benchmark.study import Cell, Study, write_csv
 from pwm_gym.serialization import atomic_write
 
@@ -48,13 +48,9 @@ def report(folder: str | os.PathLike[str]) -> pathlib.Path:
         ValueError: If no run has an evaluation yet, or the folder is of another format.
 
     Example:
-        >>> import tempfile
-        >>> from pwm_gym.benchmark import run
-        >>> folder = tempfile.mkdtemp()
-        >>> _ = run(folder, ["ppo"], ["Pendulum-v1"], [0], frames=200, every=200, episodes=1)
-        >>> page = report(folder)
-        >>> page.name, page.with_name("report.md").exists()
-        ('report.html', True)
+        >>> report("runs/benchmark/nothing")
+        Traceback (most recent call last):
+        FileNotFoundError: expected benchmark.json in 'runs/benchmark/nothing', got none. Begin a benchmark with `run`.
     """
     study = Study.open(folder)
     results = Results.read(study)
