@@ -48,7 +48,7 @@ class SHAC(ResumableAlgorithm):
         gamma: Discount γ.
         td_lambda: λ of the critic's targets.
         tau: Polyak coefficient of the target critic, in (0, 1]; 1 for no target critic.
-        ent_coef: Weight of the policy's entropy. SHAC has none (0), and one seed of three got stuck on the pendulum with that.
+        ent_coef: Weight of the policy's entropy. SHAC has none (0), with which a seed got stuck on the pendulum.
         critic_epochs: Passes over each rollout for the critics.
         critic_minibatches: Minibatches in a pass.
         max_grad_norm: Gradient clip of the actor.
