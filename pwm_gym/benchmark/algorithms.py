@@ -172,7 +172,7 @@ def real_env(algorithm: Algorithm, env_id: str, model: str | None, render_mode: 
     Raises:
         ValueError: If the model doesn't fit the task.
     """
-    size = {"height": _FILM, "width": _FILM} if render_mode and env_id.startswith("pwm_gym/") else {}
+    size: dict[str, Any] = {"height": _FILM, "width": _FILM} if render_mode and env_id.startswith("pwm_gym/") else {}
     env = gym.make(env_id, render_mode=render_mode, **size)
     if model is None:
         return env
