@@ -38,8 +38,10 @@ PUBLISHED = ROOT / "results" / "published" / "curves.csv"
 TASKS = ("cartpole-swingup", "pendulum-swingup", "walker-walk", "cheetah-run", "reacher-easy", "hopper-stand")
 FRAMES = 2  # per decision, in every pwm_gym task
 ALGORITHMS: dict[str, type[PWM] | type[TDMPC2]] = {"PWM": PWM, "TDMPC2": TDMPC2}
-METRICS = ("imagined_return", "imagined_reward", "value", "entropy", "actor_grad_norm", "critic_loss", "model_loss")
-METRICS += ("value_loss", "prior_loss", "prior_entropy")
+METRICS = (
+    *("imagined_return", "imagined_reward", "value", "entropy", "actor_grad_norm", "critic_loss", "model_loss"),
+    *("value_loss", "prior_loss", "prior_entropy"),  # of TDMPC2
+)
 
 
 def train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
