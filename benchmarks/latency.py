@@ -3,9 +3,10 @@
     python benchmarks/latency.py                    # results/planning/latency.csv
     python benchmarks/latency.py --device cuda --out latency_gpu.csv
 
-The agents are untrained: what they answer does not change how long it takes. They take turns, so that whatever else
-the machine does meets all of them; medians are reported, and ratios between medians of the same run. Each call is SB3's
-`predict` on NumPy observations, as an evaluation makes it: planners get their state back, and begin with the last plan.
+The agents are untrained: what they answer does not change how long it takes. They take turns, so that whatever else the
+machine does meets all of them, and call for at least 50 ms each time; medians over the calls are reported, and ratios
+between medians of the same run. Each call is SB3's `predict` on NumPy observations, as an evaluation makes it: planners
+get their state back, and begin with the last plan.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from stable_baselines3 import SAC
 from pwm_gym import PWM, TDMPC2, plan_with
 from pwm_gym.serialization import atomic_write
 
+TURN = 0.05  # seconds that an agent calls at least before the next one does
 OUT = pathlib.Path(__file__).resolve().parents[1] / "results" / "planning" / "latency.csv"
 
 
@@ -39,18 +41,19 @@ def make_agents(task: str, sizes: list[str], device: str) -> dict[str, Any]:
     return agents
 
 
-def measure(agents: dict[str, Any], num_envs: int, repeats: int) -> dict[str, float]:
-    """Measure the median time of a call, in milliseconds, by agent."""
+def measure(agents: dict[str, Any], num_envs: int, turns: int) -> dict[str, float]:
+    """Measure the median time of a call, in milliseconds, by agent, over `turns` of each."""
     rng = np.random.default_rng(0)
     states: dict[str, Any] = dict.fromkeys(agents)
     times: dict[str, list[float]] = {name: [] for name in agents}
-    for repeat in range(repeats + 1):  # the first one warms up
+    for turn in range(turns + 1):  # the first one warms up
         for name, agent in agents.items():
-            observations = rng.normal(size=(num_envs, *agent.observation_space.shape)).astype(np.float32)
-            start = time.perf_counter()
-            _, states[name] = agent.predict(observations, state=states[name], deterministic=True)
-            if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            end = time.perf_counter() + TURN
+            while (start := time.perf_counter()) < end:
+                observations = rng.normal(size=(num_envs, *agent.observation_space.shape)).astype(np.float32)
+                _, states[name] = agent.predict(observations, state=states[name], deterministic=True)
+                if turn:
+                    times[name].append(1e3 * (time.perf_counter() - start))
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
@@ -60,7 +63,7 @@ def main() -> None:
     parser.add_argument("--task", default="walker-walk", help="whose spaces are used (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", default=["1M", "5M"], help="of TDMPC2 (default: 1M 5M)")
     parser.add_argument("--envs", type=int, nargs="+", default=[1, 16], help="(default: 1 16)")
-    parser.add_argument("--repeats", type=int, default=21, help="calls of each agent (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=21, help="of each agent (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
@@ -68,7 +71,7 @@ def main() -> None:
     agents = make_agents(arguments.task, arguments.sizes, arguments.device)
     rows = []
     for num_envs in arguments.envs:
-        medians = measure(agents, num_envs, arguments.repeats)
+        medians = measure(agents, num_envs, arguments.turns)
         for name, median in medians.items():
             rows.append(
                 {
@@ -77,7 +80,7 @@ def main() -> None:
                     "median_ms": f"{median:.2f}",
                     "ms_per_env": f"{median / num_envs:.2f}",
                     "times_pwm": f"{median / medians['PWM']:.1f}",
-                    "repeats": arguments.repeats,
+                    "turns": arguments.turns,
                     "task": arguments.task,
                     "device": arguments.device,
                 }

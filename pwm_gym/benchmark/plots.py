@@ -68,6 +68,7 @@ def _runs(axes: Any, results: Results, task: str, x_of: Callable[[Any], np.ndarr
         axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
     axes.set(title=task, xlabel=name, ylabel=measure_of(task))
     axes.set_xlim(left=0.0)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 
 def against_frames(results: Results, task: str) -> str:

@@ -228,7 +228,7 @@ main { max-width: 82rem; margin: 0 auto; padding: 1rem clamp(0.8rem, 3vw, 2.5rem
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 0.5rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 0.4rem; }
 p { max-width: 46rem; margin: 0.4rem 0 0.8rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 1.5rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem 1.5rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { color: var(--soft); font-size: 0.85rem; }
 img, video { width: 100%; height: auto; display: block; }

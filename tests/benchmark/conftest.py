@@ -40,10 +40,10 @@ def tiny() -> dict[str, dict[str, Any]]:
 def written(tmp_path: pathlib.Path) -> Callable[..., Study]:
     """Write a study with curves that are drawn from a seed: {(algorithm, task): level}, 3 seeds, 4 evaluations."""
 
-    def write(levels: dict[tuple[str, str], float], done: int = 4, **settings: Any) -> Study:
+    def write(levels: dict[tuple[str, str], float], done: int = 4, every: int = 5_000) -> Study:
         cells = tuple(Cell(algorithm, task, seed) for algorithm, task in levels for seed in range(3))
-        frames = {algorithm: 20_000 for algorithm, _ in levels}
-        study = Study(tmp_path / "study", cells, frames, 5_000, 2, **settings)
+        frames = {algorithm: 4 * every for algorithm, _ in levels}
+        study = Study(tmp_path / "study", cells, frames, every, 2)
         study.save()
         rng = np.random.default_rng(0)
         for cell in cells:
@@ -51,7 +51,7 @@ def written(tmp_path: pathlib.Path) -> Callable[..., Study]:
             for i in range(done):
                 returns = levels[cell[:2]] * (i + 1) / 4 + rng.normal(scale=30.0, size=2)
                 row = {"algorithm": cell.algorithm, "task": cell.task, "seed": cell.seed, "evaluation": i + 1}
-                row |= {"frames": 5_000 * (i + 1), "train_cpu_seconds": 60.0 * (i + 1)}
+                row |= {"frames": every * (i + 1), "train_cpu_seconds": 60.0 * (i + 1)}
                 row |= {"train_wall_seconds": 61.0 * (i + 1), "mean_return": returns.mean()}
                 row |= {f"return_{k}": value for k, value in enumerate(returns)}
                 if cell.algorithm == "pwm":

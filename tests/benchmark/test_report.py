@@ -132,6 +132,12 @@ def test_published_scores_stand_beside_ours(written: Callable[..., Study]):
     assert "| 839 at 100k | 835 at 100k | 677 at 100k |" in text  # ours have 20,000 frames
 
 
+def test_published_curves_are_read_at_our_frames(written: Callable[..., Study]):
+    at_200k = [published("walker-walk")[name].values[1] for name in ("TD-MPC2", "SAC", "DreamerV3")]
+    text = report(written({("sac", "walker-walk"): 900.0}, every=50_000).folder).with_name("report.md").read_text()
+    assert " | ".join(f"{value:.0f}" for value in at_200k) in text
+
+
 class _Page(HTMLParser):
     """What a page loads, and whether its tags close."""
 
