@@ -74,15 +74,15 @@ def make_world_model(
         TypeError: If a space is of a kind that a world model can't take.
         ValueError: If the spaces don't fit, or `features_extractor_kwargs` come without a class.
     """
-    if features_extractor_class is None:
-        if features_extractor_kwargs:
-            raise ValueError("expected features_extractor_class beside features_extractor_kwargs, got None.")
-        config = default_world_model_config(observation_space, action_space, **world_model_kwargs)
-        return WorldModel(config, observation_space, action_space)
-    extractor = features_extractor_class(observation_space, **(features_extractor_kwargs or {}))
-    fields = {"observation_dim": extractor.features_dim, **world_model_kwargs}
-    config = default_world_model_config(observation_space, action_space, **fields)
-    return WorldModel(config, observation_space, action_space, extractor)
+    extractor = None
+    if features_extractor_class is not None:
+        extractor = features_extractor_class(observation_space, **(features_extractor_kwargs or {}))
+        world_model_kwargs = {"observation_dim": extractor.features_dim, **world_model_kwargs}
+    config = default_world_model_config(observation_space, action_space, **world_model_kwargs)
+    world_model = WorldModel(config, observation_space, action_space, extractor)
+    if features_extractor_kwargs and extractor is None:  # said after what a space's kind is refused for
+        raise ValueError("expected features_extractor_class beside features_extractor_kwargs, got None.")
+    return world_model
 
 
 class RunningMoments(nn.Module):
