@@ -6,15 +6,23 @@ import argparse
 import pathlib
 import sys
 
+import gymnasium
 import numpy as np
 import optuna
 import pytest
 import yaml
-from rl_zoo3 import ALGOS
-from rl_zoo3.exp_manager import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
-from pwm_gym import PWM, SHAC
-from pwm_gym.zoo import _with_hyperparameters, install, main
+TIME_LIMIT = gymnasium.wrappers.TimeLimit
+
+from rl_zoo3 import ALGOS  # noqa: E402
+from rl_zoo3.exp_manager import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER  # noqa: E402
+
+from pwm_gym import PWM, SHAC  # noqa: E402
+from pwm_gym.zoo import _with_hyperparameters, install, main  # noqa: E402
+
+# rl_zoo3 puts a wrapper of its own in the place of Gymnasium's, for the whole process: other tests want Gymnasium's.
+for module in (gymnasium.wrappers, gymnasium.wrappers.common, gymnasium.envs.registration):
+    module.TimeLimit = TIME_LIMIT  # type: ignore[misc]
 
 CHEETAH = "pwm_gym/cheetah-run-v0"
 FEW = ["--eval-freq", "-1", "--seed", "1", "--device", "cpu", "--verbose", "0"]
