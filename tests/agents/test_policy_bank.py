@@ -1,0 +1,95 @@
+"""Many policies in one batched program: each learns what it would have learned alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pwm_gym import PWM, LatentVectorEnv, OfflineDataset, WorldModel, WorldModelConfig
+from pwm_gym.agents.policy_bank import PolicyBank
+from pwm_gym.datasets import Episode
+
+DIMS = {"one": (3, 1), "two": (5, 2), "three": (4, 3)}  # observations and actions
+SETTINGS: dict[str, Any] = {
+    "horizon": 4,
+    "policy_kwargs": {"net_arch": [16, 12]},
+    "model_batch_size": 8,
+    "model_horizon": 3,
+    "critic_epochs": 2,
+    "critic_minibatches": 3,
+    "device": "cpu",
+}
+
+
+def make_dataset(tasks=tuple(DIMS), episodes=2, length=12) -> OfflineDataset:
+    rng = np.random.default_rng(0)
+    made = [
+        Episode(
+            rng.normal(size=(length + 1, DIMS[name][0])),
+            rng.uniform(-1, 1, (length, DIMS[name][1])),
+            rng.random(length),
+            truncated=True,
+            task=index,
+        )
+        for index, name in enumerate(tasks)
+        for _ in range(episodes)
+    ]
+    return OfflineDataset(made, tasks)
+
+
+def make_model(tasks=tuple(DIMS), **fields: Any) -> WorldModel:
+    torch.manual_seed(0)
+    several = {"observation_dims": tuple(DIMS[t][0] for t in tasks), "action_dims": tuple(DIMS[t][1] for t in tasks)}
+    small = {"latent_dim": 16, "encoder_dim": 16, "mlp_dim": 16, "num_bins": 21, "task_dim": 4}
+    width = {"observation_dim": max(DIMS[t][0] for t in tasks), "action_dim": max(DIMS[t][1] for t in tasks)}
+    model = WorldModel(WorldModelConfig(**width, tasks=tasks, **(several if len(tasks) > 1 else {}), **small, **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():  # else all rewards are 0
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def make_agents(model, dataset, tasks=tuple(DIMS), rows=6, **overrides: Any) -> list[PWM]:
+    agents = []
+    for index, task in enumerate(tasks):
+        env = LatentVectorEnv(model, dataset, num_envs=rows, horizon=SETTINGS["horizon"], task=task)
+        agents.append(PWM("MlpPolicy", env, seed=index, **{**SETTINGS, **overrides}))
+    return agents
+
+
+def learned(agent: PWM) -> dict[str, torch.Tensor]:
+    tensors = {f"policy.{k}": v for k, v in agent.policy.state_dict().items() if "world_model" not in k}
+    for name in ("actor", "critic"):
+        for i, state in enumerate(getattr(agent.policy, f"{name}_optimizer").state.values()):
+            tensors |= {f"{name}.{i}.{k}": v for k, v in state.items()}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"use_sde": True, "ent_coef": 0.1},
+        {"detach_input": True, "td_lambda": 0.0, "extra_bootstrap_discount": True, "tau": 1.0, "max_grad_norm": 0.01},
+    ],
+    ids=["defaults", "gSDE", "released"],
+)
+def test_ten_batched_updates_are_those_of_one_after_another(overrides):
+    model, dataset = make_model(), make_dataset()
+    alone, together = (make_agents(model, dataset, **overrides) for _ in range(2))
+    for agent in alone:
+        agent.learn(10 * agent.n_envs * agent.horizon)
+        assert agent._n_updates == 10
+    bank = PolicyBank(together, model)
+    bank.train(10)
+    bank.write()
+    for one, other, task in zip(alone, together, DIMS, strict=True):
+        expected, got = learned(one), learned(other)
+        assert expected.keys() == got.keys()
+        assert len(expected) > 40
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5, msg=f"{task} {name}")
+        assert one.num_timesteps == other.num_timesteps
