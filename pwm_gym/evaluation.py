@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pwm_gym.serialization import atomic_write
 
-__all__ = ["episode_returns", "plot_learning_curves", "record_video"]
+__all__ = ["episode_outcomes", "episode_returns", "plot_learning_curves", "record_video"]
 
 
 class _Predictor(Protocol):
@@ -38,18 +38,35 @@ def episode_returns(
     Raises:
         ValueError: If `episodes` < 1.
     """
+    return episode_outcomes(agent, env, episodes, seed, deterministic)[0]
+
+
+def episode_outcomes(
+    agent: _Predictor, env: gym.Env, episodes: int = 10, seed: int = 0, deterministic: bool = True
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Run whole episodes as `episode_returns` does, and look at whether they succeed too.
+
+    Returns:
+        Undiscounted returns, (episodes,), in task units; and the last step's `is_success`, (episodes,), bool, or None
+        where the env doesn't tell.
+
+    Raises:
+        ValueError: If `episodes` < 1.
+    """
     if episodes < 1:
         raise ValueError(f"`episodes` must be >= 1, got {episodes}.")
-    returns = np.zeros(episodes)
+    returns, successes = np.zeros(episodes), []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
-        ended = False
+        ended, infos = False, {}
         while not ended:
             action, _ = agent.predict(observation, deterministic=deterministic)
-            observation, reward, terminated, truncated, _ = env.step(action)
+            observation, reward, terminated, truncated, infos = env.step(action)
             returns[episode] += float(reward)
             ended = terminated or truncated
-    return returns
+        if "is_success" in infos:
+            successes.append(bool(infos["is_success"]))
+    return returns, np.array(successes) if len(successes) == episodes else None
 
 
 def record_video(

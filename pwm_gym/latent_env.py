@@ -128,7 +128,9 @@ class LatentVectorEnv(DifferentiableVectorEnv):
                     f"expected several tasks of a multi-task model, a multiple of {len(task)} as `num_envs`, and no "
                     f"starts but those of reset(options=...); got {task}, {num_envs} envs, {type(start).__name__}."
                 )
-            self.task_rows = torch.tensor(indices, device=world_model.device).repeat_interleave(num_envs // len(indices))
+            self.task_rows = torch.tensor(indices, device=world_model.device).repeat_interleave(
+                num_envs // len(indices)
+            )
         else:
             index = world_model.config.task_index(task)
             if index is not None and len(getattr(start, "tasks", ())) > 1:  # an `OfflineDataset` of several tasks

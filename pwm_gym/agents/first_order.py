@@ -72,7 +72,9 @@ class ActorCritic(NamedTuple):
     critic_optimizer: torch.optim.Optimizer
     scale: Callable[[Tensor], Tensor]  # gives the returns' deviation, () from (B,)
     entropy_coefficient: Callable[[Tensor], Tensor]  # gives the entropy's weight, () from the mean entropy ()
-    generator: torch.Generator | Sequence[torch.Generator] | None  # of the critic's minibatches; one for each of K tasks
+    generator: (
+        torch.Generator | Sequence[torch.Generator] | None
+    )  # of the critic's minibatches; one for each of K tasks
 
 
 def _to_action_space(env: DifferentiableVectorEnv, actions: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ class LatentActor(nn.Module):
             mask: 1 for the task's own action dimensions and 0 for padding, which expands to (..., A); None for all.
 
         Returns:
-            Actions in [-1, 1], (..., A), 0 in padding, and the entropy estimate -log π(a|z), (...). Both are differentiable, with
-            respect to σ too; for the deterministic action the second is that of ε = 0.
+            Actions in [-1, 1], (..., A), 0 in padding, and the entropy estimate -log π(a|z), (...). Both are
+            differentiable, with respect to σ too; for the deterministic action the second is that of ε = 0.
         """
         features = self.features(z)  # (..., F)
         mean = self.mean(features)  # (..., A)

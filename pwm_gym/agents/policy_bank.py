@@ -90,7 +90,9 @@ class _Windows:
 
     def __init__(self, dataset: OfflineDataset, model: WorldModel) -> None:
         self._dataset, self._config = dataset, model.config
-        self._ids = torch.tensor([model.config.tasks.index(t) for t in dataset.tasks]) if model.config.num_tasks else None
+        self._ids = (
+            torch.tensor([model.config.tasks.index(t) for t in dataset.tasks]) if model.config.num_tasks else None
+        )
 
     def longest_window(self, limit: int) -> int:
         return self._dataset.longest_window(limit)
@@ -126,10 +128,11 @@ class _Finetuning(NamedTuple):
 class PolicyBank:
     """K agents, each with a task of its own in one world model, trained as one program.
 
-    Each agent is an ordinary `PWM` on a `LatentVectorEnv(world_model, dataset, task=...)`. What it would do alone is done
-    for all at once: one call of the multi-task model for the rollouts of all tasks, one batched product for a layer of
-    all actors and critics, one optimizer. The settings are the agents' own and must be equal; random numbers come from
-    each agent's generators, so that the results are those of training them one after another, but for rounding.
+    Each agent is an ordinary `PWM` on a `LatentVectorEnv(world_model, dataset, task=...)`. What it would do alone is
+    done for all at once: one call of the multi-task model for the rollouts of all tasks, one batched product for a
+    layer of all actors and critics, one optimizer. The settings are the agents' own and must be equal; random numbers
+    come from each agent's generators, so that the results are those of training them one after another, but for
+    rounding.
 
     Args:
         agents: The agents. `write` puts what was learned into them.
@@ -145,8 +148,9 @@ class PolicyBank:
 
     Example:
         >>> from pwm_gym import WorldModelConfig
-        >>> config = WorldModelConfig.preset("1M", observation_dim=3, action_dim=2, tasks=("a", "b"), action_dims=(1, 2))
-        >>> model, starts = WorldModel(config), torch.rand(9, 3)
+        >>> dims = {"observation_dim": 3, "action_dim": 2, "action_dims": (1, 2)}
+        >>> model = WorldModel(WorldModelConfig.preset("1M", **dims, tasks=("a", "b")))
+        >>> starts, config = torch.rand(9, 3), model.config
         >>> envs = [LatentVectorEnv(model, starts, num_envs=4, horizon=2, task=task) for task in config.tasks]
         >>> bank = PolicyBank([PWM("MlpPolicy", env, horizon=2, seed=0) for env in envs], model)
         >>> bank.train(updates=1)["actor_loss"].shape
@@ -203,7 +207,9 @@ class PolicyBank:
         for agent, env in zip(self.agents, self._envs, strict=True):
             for name in names:
                 if getattr(agent, name) != getattr(lead, name):
-                    raise ValueError(f"expected agents of one `{name}`, got {getattr(lead, name)}, {getattr(agent, name)}.")
+                    raise ValueError(
+                        f"expected agents of one `{name}`, got {getattr(lead, name)}, {getattr(agent, name)}."
+                    )
             if env.num_envs != self._envs[0].num_envs:
                 raise ValueError(f"expected as many envs for each task, got {self._envs[0].num_envs}, {env.num_envs}.")
         if lead.log_ent_coef is not None:
@@ -260,9 +266,7 @@ class PolicyBank:
             for _ in range(updates):
                 metrics = self._fit_model(lead)
                 with frozen(self.world_model):
-                    window = rollout(
-                        self.env, self._begin(), self._actor, lead.horizon, detach_input=lead.detach_input
-                    )
+                    window = rollout(self.env, self._begin(), self._actor, lead.horizon, detach_input=lead.detach_input)
                 metrics |= lead.update_policy(window.by_task(len(self.agents)), self._nets)
                 self.updates += 1
         for name, value in metrics.items():
@@ -361,9 +365,7 @@ def _like(optimizer: torch.optim.Optimizer, module: nn.Module) -> torch.optim.Op
     return make(module.parameters(), **optimizer.defaults)
 
 
-def _write_state(
-    stacked: Stacked, optimizer: torch.optim.Optimizer, members: Sequence[torch.optim.Optimizer]
-) -> None:
+def _write_state(stacked: Stacked, optimizer: torch.optim.Optimizer, members: Sequence[torch.optim.Optimizer]) -> None:
     """Give each member's optimizer its part of the stacked parameters' state."""
     for parameter, own in stacked.pairs():
         for k, (member, mine) in enumerate(zip(members, own, strict=True)):
