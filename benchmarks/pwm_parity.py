@@ -4,9 +4,10 @@
     python benchmarks/pwm_parity.py PWM
 
 The reference runs on the CPU, without an env (as it trains on offline data), with stand-ins for the packages that it
-imports and that an update doesn't need. Its agent is saved as its code saves it and read with `load_pwm_agent`. Each row
-of results/extraction/parity.csv is a setting, each number the largest difference over the largest magnitude. Critic
-minibatches are taken in the order of time there and shuffled here, so that whole updates are compared with one minibatch.
+imports and that an update doesn't need. Its agent is saved as its code saves it and read with `load_pwm_agent`. Each
+row of results/extraction/parity.csv is a setting, each number the largest difference over the largest magnitude. Critic
+minibatches are taken in the order of time there and shuffled here, so that whole updates are compared with one
+minibatch.
 """
 
 import argparse
@@ -241,29 +242,34 @@ def compare(make: Any, size: str, mode: str, batch: int, updates: int) -> dict[s
     return row
 
 
+def write(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Write the table."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
 def main() -> None:
     """Compare all settings and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", type=pathlib.Path, help="a checkout of github.com/imgeorgiev/PWM")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--updates", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results" / "extraction" / "parity.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     make = import_reference(arguments.reference)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in arguments.sizes:
         for mode in MODES:
             rows.append(compare(make, size, mode, arguments.batch, arguments.updates))
             print(rows[-1], flush=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    with atomic_write(arguments.out) as file:
-        file.write(text.getvalue().encode())
+            write(rows, arguments.out)
 
 
 if __name__ == "__main__":
