@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/batched_extraction.py
 
-The two take turns, update by update, so that whatever else the machine does slows both down alike. On a CPU the ratio is
-that of CPU seconds at equal threads, on a GPU that of wall-clock seconds. The model is multi-task, of tasks with the sizes
-of the study's; its weights and the data are random, as speed doesn't depend on them. The table is
-results/extraction/batched.csv; a device and size of the same name are replaced in it.
+The two take turns, update by update, so that whatever else the machine does slows both down alike. On a CPU the ratio
+is that of CPU seconds at equal threads, on a GPU that of wall-clock seconds. The model is multi-task, of tasks with the
+sizes of the study's; its weights and the data are random, as speed doesn't depend on them. The table is
+results/extraction/batched.csv; a row of the same device and sizes is replaced in it.
 """
 
 import argparse

@@ -1,9 +1,11 @@
-"""How fast and how steadily PWM learns: tasks x seeds with one set of hyper-parameters, resumable.
+"""How fast and how steadily PWM or TDMPC2 learns: tasks x seeds with one set of hyper-parameters, resumable.
 
     python benchmarks/learning.py run --tasks walker-walk cheetah-run --seeds 0 1 --jobs 2
     python benchmarks/learning.py report
+    python benchmarks/learning.py run --algorithm TDMPC2 --name tdmpc2 --tasks cartpole-swingup --seeds 0 \
+        --set 'policy_kwargs={"world_model_kwargs": {"size": "1M"}}'
 
-`run` trains the default PWM for 50,000 decisions (100,000 frames) on each task and seed, each in a process of its own
+`run` trains the default agent for 50,000 decisions (100,000 frames) on each task and seed, each in a process of its own
 on one thread, and evaluates 10 deterministic episodes of the agent as it then is every 5,000 frames. A run that was
 killed goes on from its last evaluation; a run that is done is left alone. Each run's curve is a CSV in
 results/learning/<name>/, its last state is kept in runs/learning/. `report` makes the table and the pictures from the
@@ -26,7 +28,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from pwm_gym import PWM
+from pwm_gym import PWM, TDMPC2
 from pwm_gym.evaluation import episode_returns
 from pwm_gym.serialization import atomic_write
 
@@ -35,29 +37,32 @@ RESULTS, STATES = ROOT / "results" / "learning", ROOT / "runs" / "learning"
 PUBLISHED = ROOT / "results" / "published" / "curves.csv"
 TASKS = ("cartpole-swingup", "pendulum-swingup", "walker-walk", "cheetah-run", "reacher-easy", "hopper-stand")
 FRAMES = 2  # per decision, in every pwm_gym task
-EVERY, EPISODES = 2_500, 10  # decisions between evaluations: whole episodes, so that a resumed run is the same run
+ALGORITHMS: dict[str, type[PWM] | type[TDMPC2]] = {"PWM": PWM, "TDMPC2": TDMPC2}
 METRICS = ("imagined_return", "imagined_reward", "value", "entropy", "actor_grad_norm", "critic_loss", "model_loss")
+METRICS += ("value_loss", "prior_loss", "prior_entropy")
 
 
-def train(task: str, seed: int, steps: int, name: str, overrides: dict[str, Any]) -> None:
+def train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Train one agent, from where it was left, writing a row of the CSV at each evaluation."""
     torch.set_num_threads(1)
-    path, state = RESULTS / name / f"{task}-seed{seed}.csv", STATES / name / f"{task}-seed{seed}"
+    task, seed, algorithm = arguments.task, arguments.seed, ALGORITHMS[arguments.algorithm]
+    path = RESULTS / arguments.name / f"{task}-seed{seed}.csv"
+    state = STATES / arguments.name / f"{task}-seed{seed}"
     env = gym.make(task if "/" in task or "-v" in task else f"pwm_gym/{task}-v0")
     rows: list[dict[str, Any]] = []
     if (state / "rows.json").exists():
         rows = json.loads((state / "rows.json").read_text())
         at = rows[-1]["decisions"]
-        agent = PWM.load(state / f"agent-{at}", env=env, device="cpu")
+        agent = algorithm.load(state / f"agent-{at}", env=env, device=arguments.device)
         agent.load_replay_buffer(state / f"agent-{at}")
     else:
-        agent = PWM("MlpPolicy", env, seed=seed, device="cpu", **overrides)
+        agent = algorithm("MlpPolicy", env, seed=seed, device=arguments.device, **overrides)
     eval_env = gym.make(env.spec.id)  # type: ignore[union-attr]
-    while not rows or rows[-1]["decisions"] < steps:
+    while not rows or rows[-1]["decisions"] < arguments.steps:
         cpu, wall = time.process_time(), time.perf_counter()
-        agent.learn(EVERY, reset_num_timesteps=False)
+        agent.learn(arguments.every, reset_num_timesteps=False)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        returns = episode_returns(agent, eval_env, EPISODES, seed=10_000)
+        returns = episode_returns(agent, eval_env, arguments.episodes, seed=10_000)
         before = rows[-1] if rows else {"train_cpu_seconds": 0.0, "train_wall_seconds": 0.0}
         rows.append(
             {
@@ -77,7 +82,7 @@ def train(task: str, seed: int, steps: int, name: str, overrides: dict[str, Any]
         print(f"{task} seed {seed}: {rows[-1]['frames']} frames, {rows[-1]['mean_return']}", flush=True)
 
 
-def _save(agent: PWM, rows: list[dict[str, Any]], state: pathlib.Path) -> None:
+def _save(agent: PWM | TDMPC2, rows: list[dict[str, Any]], state: pathlib.Path) -> None:
     """Keep agent, replay and rows; `rows.json` comes last and says which agent belongs to it."""
     at = rows[-1]["decisions"]
     agent.save(state / f"agent-{at}")
@@ -103,8 +108,10 @@ def run_all(arguments: argparse.Namespace) -> int:
     cells = [(task, seed) for seed in arguments.seeds for task in arguments.tasks]
 
     def start(cell: tuple[str, int]) -> int:
-        command = [sys.executable, __file__, "one", cell[0], str(cell[1]), "--steps", str(arguments.steps)]
-        command += ["--name", arguments.name, *(f"--set={pair}" for pair in arguments.set)]
+        command = [sys.executable, __file__, "one", cell[0], str(cell[1])]
+        for option in ("algorithm", "steps", "every", "episodes", "name", "device"):
+            command += [f"--{option}", str(getattr(arguments, option))]
+        command += [f"--set={pair}" for pair in arguments.set]
         code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
         if code:
             print(f"{cell[0]} seed {cell[1]} stopped with status {code}; run the same command again to go on")
@@ -121,7 +128,7 @@ def _curves(name: str) -> dict[str, dict[int, np.ndarray]]:
         with path.open() as file:
             rows = [
                 [float(row["frames"]), float(row["train_cpu_seconds"])]
-                + [float(row[f"return_{i}"]) for i in range(EPISODES)]
+                + [float(value) for column, value in row.items() if column.startswith("return_")]
                 for row in csv.DictReader(file)
             ]
         task, _, seed = path.stem.rpartition("-seed")
@@ -147,7 +154,7 @@ def report(name: str) -> None:
     if not curves:
         raise SystemExit(f"no CSVs in {RESULTS / name}: start with `python benchmarks/learning.py run`")
     lines = [
-        "| task | seed | frames | final (10 episodes) | lowest and highest episode "
+        "| task | seed | frames | final (mean) | lowest and highest episode "
         "| worst evaluation of the last fifth / best of all | train CPU min | TD-MPC2 | SAC | DreamerV3 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -172,7 +179,7 @@ def report(name: str) -> None:
                 + " | ".join(theirs)
                 + " |"
             )
-            axes.plot(frames, mean, color=f"C{index}", marker="o", markersize=3, label=f"PWM, seed {seed}")
+            axes.plot(frames, mean, color=f"C{index}", marker="o", markersize=3, label=f"seed {seed}")
             axes.fill_between(frames, returns.min(1), returns.max(1), color=f"C{index}", alpha=0.15, linewidth=0)
         limit = max(rows[-1, 0] for rows in curves[task].values())
         for style, (algorithm, (x, y)) in zip(("--", "-.", ":"), published.items(), strict=False):
@@ -194,9 +201,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     settings = argparse.ArgumentParser(add_help=False)
+    settings.add_argument("--algorithm", choices=ALGORITHMS, default="PWM", help="(default: %(default)s)")
     settings.add_argument("--steps", type=int, default=50_000, help="decisions (default: %(default)s)")
+    # Whole episodes, so that a resumed run is the same run.
+    settings.add_argument("--every", type=int, default=2_500, help="decisions to an evaluation (default: %(default)s)")
+    settings.add_argument("--episodes", type=int, default=10, help="of an evaluation (default: %(default)s)")
+    settings.add_argument("--device", default="cpu", help="(default: %(default)s)")
     settings.add_argument("--name", default="default", help="of the study, a folder (default: %(default)s)")
-    settings.add_argument("--set", action="append", default=[], metavar="ARG=JSON", help="an argument of PWM to change")
+    settings.add_argument(
+        "--set", action="append", default=[], metavar="ARG=JSON", help="an argument of the agent to change"
+    )
     several = commands.add_parser("run", parents=[settings], help="train what is not done yet")
     several.add_argument("--tasks", nargs="+", default=list(TASKS))
     several.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -212,7 +226,7 @@ def main() -> int:
         return run_all(arguments)
     else:
         overrides = {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in arguments.set)}
-        train(arguments.task, arguments.seed, arguments.steps, arguments.name, overrides)
+        train(arguments, overrides)
     return 0
 
 

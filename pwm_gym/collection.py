@@ -30,7 +30,9 @@ __all__ = ["collect"]
 
 
 class _Predictor(Protocol):
-    def predict(self, observation: Any, *, deterministic: bool) -> tuple[Any, Any]: ...
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]: ...
 
 
 Agent = _Predictor | Callable[[np.ndarray], Any] | str | os.PathLike[str] | Mapping[str, Any] | None
@@ -265,15 +267,15 @@ class _Player:
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
         observations, actions, rewards = [np.array(observation, np.float32)], [], []
         terminated = truncated = False
+        state = None
         while not (terminated or truncated):
             if agent is None:
                 action = rng.uniform(-1.0, 1.0, box.shape)
             else:
-                wanted = (
-                    agent.predict(observation, deterministic=True)[0]
-                    if hasattr(agent, "predict")
-                    else agent(observation)
-                )
+                if hasattr(agent, "predict"):
+                    wanted, state = agent.predict(observation, state, deterministic=True)
+                else:
+                    wanted = agent(observation)
                 action = (np.asarray(wanted) - middle) / radius
                 if noise:
                     action = action + noise * rng.standard_normal(box.shape)

@@ -17,7 +17,9 @@ __all__ = ["episode_outcomes", "episode_returns", "plot_learning_curves", "recor
 
 
 class _Predictor(Protocol):
-    def predict(self, observation: Any, *, deterministic: bool) -> tuple[np.ndarray, Any]: ...
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]: ...
 
 
 def episode_returns(
@@ -58,9 +60,9 @@ def episode_outcomes(
     returns, successes = np.zeros(episodes), []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
-        ended, infos = False, {}
+        state, ended, infos = None, False, dict[str, Any]()
         while not ended:
-            action, _ = agent.predict(observation, deterministic=deterministic)
+            action, state = agent.predict(observation, state, deterministic=deterministic)
             observation, reward, terminated, truncated, infos = env.step(action)
             returns[episode] += float(reward)
             ended = terminated or truncated
@@ -101,9 +103,10 @@ def record_video(
     if env.render_mode != "rgb_array":
         raise ValueError(f"expected an env with render_mode='rgb_array', got {env.render_mode!r}.")
     observation, _ = env.reset(seed=seed)
+    state = None
     frames, total, ended = [np.asarray(env.render())], 0.0, False
     while not ended and len(frames) <= max_steps:
-        action, _ = agent.predict(observation, deterministic=True)
+        action, state = agent.predict(observation, state, deterministic=True)
         observation, reward, terminated, truncated, _ = env.step(action)
         frames.append(np.asarray(env.render()))
         total += float(reward)

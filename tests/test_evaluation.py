@@ -43,9 +43,10 @@ class Counter(gym.Env):
 class Constant:
     """Acts with 0.5, or 0.25 with exploration."""
 
-    def predict(self, observation: Any, *, deterministic: bool) -> tuple[np.ndarray, None]:
+    def predict(self, observation: Any, state: Any = None, *, deterministic: bool) -> tuple[np.ndarray, int]:
         assert observation.shape == (1,)
-        return np.array([0.5 if deterministic else 0.25]), None
+        assert (state or 0) == observation[0], "an episode begins without a state, and goes on with the last one"
+        return np.array([0.5 if deterministic else 0.25]), int(observation[0]) + 1
 
 
 def start(seed: int) -> float:

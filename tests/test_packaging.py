@@ -35,6 +35,7 @@ FLOORS = {
     "datasets": 2,
     "checkpoints": 2,
     "training": 2,
+    "planning": 2,
     "sb3": 3,
     "evaluation": 3,
     "envs": 4,

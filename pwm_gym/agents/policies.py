@@ -29,6 +29,7 @@ __all__ = [
     "RunningMoments",
     "SafeFile",
     "default_world_model_config",
+    "make_world_model",
 ]
 
 _LARGE_OBSERVATION = 17  # from this width on the default world model is the wider one
@@ -51,6 +52,37 @@ def default_world_model_config(
         return WorldModelConfig.preset(size, **fields)
     latent, width = (256, 384) if fields["observation_dim"] >= _LARGE_OBSERVATION else (128, 256)
     return WorldModelConfig(**{"latent_dim": latent, "encoder_dim": width, "mlp_dim": width, **fields})
+
+
+def make_world_model(
+    observation_space: spaces.Space,
+    action_space: spaces.Space,
+    world_model_kwargs: dict[str, Any],
+    features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+    features_extractor_kwargs: dict[str, Any] | None = None,
+) -> WorldModel:
+    """Make a policy's world model.
+
+    Args:
+        observation_space: Real observation space.
+        action_space: Real action space.
+        world_model_kwargs: {"size": a preset} and any field of `WorldModelConfig`.
+        features_extractor_class: Goes in front of the encoder; None to flatten observations.
+        features_extractor_kwargs: Its arguments beside the observation space.
+
+    Raises:
+        TypeError: If a space is of a kind that a world model can't take.
+        ValueError: If the spaces don't fit, or `features_extractor_kwargs` come without a class.
+    """
+    if features_extractor_class is None:
+        if features_extractor_kwargs:
+            raise ValueError("expected features_extractor_class beside features_extractor_kwargs, got None.")
+        config = default_world_model_config(observation_space, action_space, **world_model_kwargs)
+        return WorldModel(config, observation_space, action_space)
+    extractor = features_extractor_class(observation_space, **(features_extractor_kwargs or {}))
+    fields = {"observation_dim": extractor.features_dim, **world_model_kwargs}
+    config = default_world_model_config(observation_space, action_space, **fields)
+    return WorldModel(config, observation_space, action_space, extractor)
 
 
 class RunningMoments(nn.Module):
@@ -160,14 +192,10 @@ class PWMActor(SafeFile):
         normalize_images: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True, normalize_images=False)
-        extractor = None
-        if features_extractor_class is not None:
-            extractor = features_extractor_class(observation_space, **(features_extractor_kwargs or {}))
-            world_model_kwargs = {"observation_dim": extractor.features_dim, **world_model_kwargs}
-        config = default_world_model_config(observation_space, action_space, **world_model_kwargs)
-        self.world_model = WorldModel(config, observation_space, action_space, extractor)
-        if features_extractor_kwargs and extractor is None:
-            raise ValueError("expected features_extractor_class beside features_extractor_kwargs, got None.")
+        self.world_model = make_world_model(
+            observation_space, action_space, world_model_kwargs, features_extractor_class, features_extractor_kwargs
+        )
+        config = self.world_model.config
         self.latent_actor = LatentActor(
             config.latent_dim, config.action_dim, net_arch, activation_fn, log_std_init, log_std_min, use_sde
         )

@@ -10,27 +10,21 @@ from typing import Any, ClassVar, Self
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
-from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import Tensor
 
-from pwm_gym.agents.base import ResumableAlgorithm
 from pwm_gym.agents.diagnosis import Diagnosis, diagnose
 from pwm_gym.agents.first_order import ActorCritic, Rollout, improve_policy, rollout
+from pwm_gym.agents.model_based import ModelBasedAlgorithm
 from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
-from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
-from pwm_gym.replay import DictSequenceReplayBuffer, NStepSequenceReplayBuffer, SequenceReplayBuffer, WindowSource
-from pwm_gym.sb3 import as_sb3_vec_env
+from pwm_gym.replay import WindowSource
 from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, update_world_model
 from pwm_gym.world_model import WorldModel
 
@@ -58,7 +52,7 @@ _PAPER = {
 _RELEASED = {**_PAPER, "td_lambda": 0.0, "extra_bootstrap_discount": True}
 
 
-class PWM(ResumableAlgorithm):
+class PWM(ModelBasedAlgorithm):
     """Policy learning with world models (Georgiev et al., ICLR 2025, arXiv:2407.02466).
 
     On a real env, `PWM("MlpPolicy", env)` collects experience, fits a TD-MPC2-style world model to it, and improves the
@@ -228,37 +222,11 @@ class PWM(ResumableAlgorithm):
 
     # Set-up
 
-    @staticmethod
-    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        if isinstance(env, VectorEnv):
-            env = as_sb3_vec_env(env)
-        return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-
     def _setup_model(self) -> None:
-        self._random_states = []
-        if self.replay_buffer_class is HerReplayBuffer:
-            self.replay_buffer_class = HerSequenceReplayBuffer
         if self.latent_env is None:
-            is_dict = isinstance(self.observation_space, spaces.Dict)
-            if self.replay_buffer_class is None and self.n_steps == 1:
-                self.replay_buffer_class = self._default_replay_buffer_class()
-            elif self.replay_buffer_class in (None, NStepReplayBuffer) and self.n_steps > 1 and not is_dict:
-                self.replay_buffer_class = None  # SB3 puts its own there, and so does a file
-                self.replay_buffer = NStepSequenceReplayBuffer(
-                    self.buffer_size,
-                    self.observation_space,
-                    self.action_space,
-                    self.device,
-                    self.n_envs,
-                    self.optimize_memory_usage,
-                    **{"n_steps": self.n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs},
-                )
-            elif self.replay_buffer_class is HerSequenceReplayBuffer:  # SB3 refuses to make one without an env
-                self._fit_replay_buffer(self.n_envs)
-                if self.env is not None:
-                    self.replay_buffer.set_env(self.env)  # type: ignore[union-attr]
             super()._setup_model()
         else:  # a frozen model needs no replay buffer
+            self._random_states = []
             self._setup_lr_schedule()
             self.set_random_seed(self.seed)
             policy_class: Any = self.policy_class
@@ -281,29 +249,6 @@ class PWM(ResumableAlgorithm):
         self.policy.model_optimizer = make_model_optimizer(world_model, before.param_groups[-1]["lr"])
         if before.state:
             self.policy.model_optimizer.load_state_dict(before.state_dict())
-
-    def _default_replay_buffer_class(self) -> type[ReplayBuffer]:
-        return DictSequenceReplayBuffer if isinstance(self.observation_space, spaces.Dict) else SequenceReplayBuffer
-
-    def _fit_replay_buffer(self, n_envs: int) -> None:
-        """Make a replay buffer for `n_envs` real envs where there is none yet."""
-        if self.replay_buffer is not None and self.replay_buffer.n_envs == n_envs:
-            return
-        if self.replay_buffer is not None and self.replay_buffer.size() > 0:
-            raise ValueError(
-                f"expected {self.replay_buffer.n_envs} envs, as many as the replay buffer holds, got {n_envs}. Give "
-                f"as many, or drop the data with agent.replay_buffer = None."
-            )
-        self.replay_buffer_class = self.replay_buffer_class or self._default_replay_buffer_class()
-        self.replay_buffer = self.replay_buffer_class(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **self.replay_buffer_kwargs,
-        )
 
     def _setup_entropy(self) -> None:
         """As in SAC: a fixed coefficient, or one that is learned so that the entropy meets its target."""
@@ -334,10 +279,7 @@ class PWM(ResumableAlgorithm):
         latent_env = _latent_env_of(env)
         if latent_env is None:
             if self.latent_env is not None or self.env is None:
-                env = self._wrap_env(env, self.verbose)
-                check_for_correct_spaces(env, self.observation_space, self.action_space)
-                self._fit_replay_buffer(env.num_envs)
-                self.n_envs = env.num_envs
+                env = self._first_env(env)
             super().set_env(env, force_reset)  # type: ignore[arg-type]
             self.latent_env = None
             return
@@ -360,11 +302,6 @@ class PWM(ResumableAlgorithm):
             self._last_obs = None
 
     @property
-    def world_model(self) -> WorldModel:
-        """The world model that the policy's encoder belongs to."""
-        return self.policy.world_model
-
-    @property
     def critic(self) -> PWMCritic:
         """The critic: `critic(observation, actions)` as in SB3, `critic.value` for the ensemble V(z)."""
         return self.policy.critic
@@ -374,27 +311,9 @@ class PWM(ResumableAlgorithm):
         """The slowly moving copy of the critic, which the targets come from."""
         return self.policy.critic_target
 
-    def make_latent_env(self, num_envs: int = 64, horizon: int | None = None, **kwargs: Any) -> LatentVectorEnv:
-        """Make the agent's world model into an env that starts from its replayed experience.
-
-        Args:
-            num_envs: Number of envs.
-            horizon: Steps until truncation; None for the agent's own.
-            **kwargs: Other arguments of `LatentVectorEnv`; `start` or `latents` to start elsewhere.
-        """
-        if "start" not in kwargs and "latents" not in kwargs:
-            kwargs["start"] = self._replayed_starts()
-        return LatentVectorEnv(self.world_model, num_envs=num_envs, horizon=horizon or self.horizon, **kwargs)
-
     def diagnose(self, data: WindowSource | None = None, batch_size: int = 256, seed: int = 0) -> Diagnosis:
         """Measure agent and model against real experience and name known failures: see `diagnosis.diagnose`."""
         return diagnose(self, data, batch_size, seed)
-
-    def _replayed_starts(self) -> Any:
-        replay = self.sequence_replay()
-        if self._vec_normalize_env is None:
-            return replay
-        return lambda count, rng: replay.sample_starts(count, rng, env=self._vec_normalize_env)
 
     # Learning
 
@@ -404,13 +323,7 @@ class PWM(ResumableAlgorithm):
         Raises:
             ValueError: If there is nothing to learn from.
         """
-        if self.latent_env is None and self.sequence_replay().size() == 0:
-            raise ValueError(
-                "expected transitions in the replay buffer, got an empty one. Collect some with learn(...), or give "
-                "them with load_replay_buffer(...)."
-            )
-        if not hasattr(self, "_logger"):  # `learn` was never called
-            self._logger = Logger(None, [])
+        self._begin_training(from_replay=self.latent_env is None)
         with fast_matmul(self.device):
             self._train(gradient_steps, batch_size)
 

@@ -41,7 +41,8 @@ class PlanningLearner:
         entropy_coef: Weight of the prior's entropy bonus.
         tau: How far targets, and the scale of values, move in an update. In [0, 1].
         max_grad_norm: Bound of the prior's gradient norm.
-        seed: Of the noise of the prior's actions, and of which members are compared.
+        seed: Of the noise of the prior's actions, and of which members are compared; or a generator, on the model's
+            device, to draw both from.
 
     Attributes:
         optimizer: The prior's Adam.
@@ -65,7 +66,7 @@ class PlanningLearner:
         entropy_coef: float = 1e-4,
         tau: float = 0.01,
         max_grad_norm: float = 20.0,
-        seed: int = 0,
+        seed: int | torch.Generator = 0,
     ) -> None:
         if world_model.value is None or world_model.policy_prior is None:
             raise ValueError(
@@ -77,7 +78,9 @@ class PlanningLearner:
         self.optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, eps=1e-5, fused=True)
         self.entropy_coef, self.tau, self.max_grad_norm = entropy_coef, tau, max_grad_norm
         self.scale = torch.ones((), dtype=world_model.dtype, device=world_model.device)
-        self._generator = torch.Generator(world_model.device).manual_seed(seed)
+        if isinstance(seed, int):
+            seed = torch.Generator(world_model.device).manual_seed(seed)
+        self._generator = seed
 
     def value_loss(
         self,
@@ -153,8 +156,8 @@ class PlanningLearner:
         state = {"optimizer": self.optimizer.state_dict(), "scale": self.scale.clone()}
         return {**state, "generator": self._generator.get_state()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Go on from what `state_dict` gave. It has to be complete; SB3 passes `strict` as it does to modules."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale.copy_(state["scale"])
         self._generator.set_state(state["generator"].cpu())

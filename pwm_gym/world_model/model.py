@@ -353,7 +353,11 @@ class WorldModel(nn.Module):
         return values.amin(0) if reduce == "min" else values.mean(0)
 
     def prior(
-        self, z: Tensor, task: int | Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        z: Tensor,
+        task: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> PriorSample:
         """Sample the policy prior at z, (..., Z): actions in [-1, 1], (..., A), with 0 in the padding, and statistics.
 
@@ -361,6 +365,7 @@ class WorldModel(nn.Module):
             z: (..., Z).
             task: As in `encode`.
             generator: On the model's device; draws the noise. None for torch's global one.
+            noise: N(0, 1), to be used instead of drawing some; of a shape that expands to (..., A).
 
         Raises:
             ValueError: If the model has no policy prior.
@@ -368,9 +373,10 @@ class WorldModel(nn.Module):
         if self.policy_prior is None:
             raise ValueError(f"this model has no policy prior. {_NO_HEADS}")
         shape = (*z.shape[:-1], self.config.action_dim)
-        noise = torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device)  # (..., A)
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device)
         mask = None if self.action_masks is None else self.action_mask(task)
-        return self.policy_prior(self._condition(z, task), noise, mask)
+        return self.policy_prior(self._condition(z, task), noise.expand(shape), mask)
 
     # One task of several
 
@@ -406,9 +412,9 @@ class WorldModel(nn.Module):
         if config.action_dims:
             action_space = leading(action_space, single.action_dim)
         with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
-            model = WorldModel(single, observation_space, action_space)
+            model = WorldModel(single, observation_space, action_space).to(self.device, self.dtype)
         model.load_state_dict(fold_task(self.state_dict(), self._embedding(index), config, single))
-        return model.to(self.device, self.dtype).eval()
+        return model.eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write config, spaces and weights to one file, atomically. It holds no pickled objects."""

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import SAC
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -545,6 +545,13 @@ def test_learning_changes_nothing_global(make_agent: Any, toy: Any):
         agent.train(1, 8)
     assert all(p.requires_grad for p in agent.world_model.parameters())
     assert settings() == before
+
+
+@pytest.mark.parametrize("buffer_class", [ReplayBuffer, NStepReplayBuffer])
+def test_a_replay_buffer_class_that_is_given_is_taken_and_n_steps_warned_of(toy: Any, buffer_class: type[ReplayBuffer]):
+    with pytest.warns(UserWarning, match="n_steps=3"):
+        agent = PWM("MlpPolicy", toy(), n_steps=3, replay_buffer_class=buffer_class)
+    assert type(agent.replay_buffer) is buffer_class
 
 
 def test_arguments_are_not_written_to(toy: Any):
