@@ -9,8 +9,6 @@ results/extraction/batched.csv; a row of the same device and sizes is replaced i
 """
 
 import argparse
-import csv
-import io
 import pathlib
 import time
 from collections.abc import Callable
@@ -18,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from tables import put_row
 
 from pwm_gym import PWM, LatentVectorEnv, OfflineDataset, WorldModel, WorldModelConfig
 from pwm_gym.agents.policy_bank import PolicyBank
 from pwm_gym.datasets import Episode
 from pwm_gym.extraction import SETTINGS
-from pwm_gym.serialization import atomic_write
 from pwm_gym.task_sets import TASK_DIMS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -102,17 +100,7 @@ def main() -> None:
         "ratio_highest": round(float(ratios.max()), 3),
     }
     print(row)
-    key = ("device", "model", "tasks", "envs", "horizon")
-    rows: list[dict[str, Any]] = []
-    if arguments.out.exists():
-        with arguments.out.open() as file:
-            rows = [old for old in csv.DictReader(file) if any(old[name] != str(row[name]) for name in key)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, row.keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*rows, row])
-    with atomic_write(arguments.out) as file:
-        file.write(text.getvalue().encode())
+    put_row(arguments.out, row, ("device", "model", "tasks", "envs", "horizon"))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ minibatch.
 
 import argparse
 import contextlib
-import csv
 import functools
 import importlib.abc
 import importlib.util
-import io
 import pathlib
 import sys
 import tempfile
@@ -27,12 +25,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tables import put_row
 from torch import Tensor
 
 from pwm_gym import PWM, LatentVectorEnv, load_pwm_agent
 from pwm_gym.agents.first_order import Rollout, critic_targets, improve_actor, rollout
 from pwm_gym.checkpoints.layers import latent_order
-from pwm_gym.serialization import atomic_write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASKS = ("walker-stand", "walker-walk", "walker-run")  # of one width: the released code doesn't mask padded actions
@@ -242,21 +240,12 @@ def compare(make: Any, size: str, mode: str, batch: int, updates: int) -> dict[s
     return row
 
 
-def write(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Write the table."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
-
-
 def main() -> None:
     """Compare all settings and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", type=pathlib.Path, help="a checkout of github.com/imgeorgiev/PWM")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="default: %(default)s")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="default: all")
     parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--updates", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results" / "extraction" / "parity.csv")
@@ -264,12 +253,12 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     make = import_reference(arguments.reference)
-    rows: list[dict[str, Any]] = []
     for size in arguments.sizes:
-        for mode in MODES:
-            rows.append(compare(make, size, mode, arguments.batch, arguments.updates))
-            print(rows[-1], flush=True)
-            write(rows, arguments.out)
+        for mode in arguments.modes:
+            row = compare(make, size, mode, arguments.batch, arguments.updates)
+            print(row, flush=True)
+            written = {name: f"{v:.1e}" if isinstance(v, float) else v for name, v in row.items()}
+            put_row(arguments.out, written, ("model", "setting"))
 
 
 if __name__ == "__main__":

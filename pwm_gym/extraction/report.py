@@ -30,7 +30,8 @@ class TaskResult:
     agent: str  # file, for `PWM.load`
     updates: int  # of the policy in the model
     real_steps: int  # decisions in the real env while learning
-    seconds: float  # of training, its share where several tasks were trained together
+    seconds: float  # of training by the clock, its share where several tasks were trained together
+    cpu_seconds: float  # the same of this process's CPU time
     data_mean: float  # return of an episode in the data
     data_best_tenth: float  # the same of the best tenth
     returns: tuple[float, ...]  # of the real episodes; () where none was played
@@ -110,6 +111,7 @@ def _row(result: TaskResult) -> dict[str, Any]:
         "updates": result.updates,
         "real_steps": result.real_steps,
         "seconds": result.seconds,
+        "cpu_seconds": result.cpu_seconds,
         "data_mean": result.data_mean,
         "data_best_tenth": result.data_best_tenth,
     }

@@ -276,14 +276,14 @@ def _extract_group(plan: _Plan, group: Sequence[str], progress: TaskProgress) ->
     model = plan.world_model.for_task(group[0]) if several and len(group) == 1 else plan.world_model
     data = plan.dataset.of_tasks(*group) if plan.finetune else None
     bank = PolicyBank(agents, model, shared=plan.shared, finetune=data)
-    seconds = _train(plan, bank, plan.folder / f"checkpoint-{_result_path(plan, group[0]).stem}.pt", group, progress)
+    spent = _train(plan, bank, plan.folder / f"checkpoint-{_result_path(plan, group[0]).stem}.pt", group, progress)
     for task, agent in zip(group, agents, strict=True):
         path = _result_path(plan, task)
         if path.exists():
             progress.advance([task], plan.real_steps + plan.episodes)
             continue
         agent.save(path.with_suffix(".zip"))
-        _finish(plan, task, path, seconds / len(group), progress)
+        _finish(plan, task, path, spent / len(group), progress)
 
 
 def _make_agent(plan: _Plan, task: str) -> PWM:
@@ -303,37 +303,42 @@ def _make_agent(plan: _Plan, task: str) -> PWM:
 
 def _train(
     plan: _Plan, bank: PolicyBank, checkpoint: pathlib.Path, group: Sequence[str], progress: TaskProgress
-) -> float:
-    """Train to the end, from the last checkpoint where there is one; returns the seconds that it took in all."""
-    seconds = 0.0
+) -> np.ndarray:
+    """Train to the end, from the last checkpoint where there is one; returns the seconds in all (see `_clocks`)."""
+    spent = np.zeros(2)
     if checkpoint.exists():
         content = load_tensors(checkpoint, bank.world_model.device)
         bank.load_state_dict(content["bank"])
-        seconds = content["seconds"]
+        spent = np.array(content["seconds"])
     progress.advance(group, bank.updates)
     while bank.updates < plan.updates:
-        began = time.perf_counter()
+        began = _clocks()
         next_checkpoint = (bank.updates // plan.checkpoint_every + 1) * plan.checkpoint_every
         end = min(plan.updates, next_checkpoint, bank.updates + _SHOWN)
         count = end - bank.updates
         bank.train(count, remaining=1.0 - bank.updates / plan.updates)
-        seconds += time.perf_counter() - began
+        spent += _clocks() - began
         progress.advance(group, count)
         if end in (plan.updates, next_checkpoint):
             with atomic_write(checkpoint) as file:
-                torch.save({"bank": bank.state_dict(), "seconds": seconds}, file)
+                torch.save({"bank": bank.state_dict(), "seconds": spent.tolist()}, file)
     bank.write()
-    return seconds
+    return spent
 
 
-def _finish(plan: _Plan, task: str, path: pathlib.Path, seconds: float, progress: TaskProgress) -> None:
+def _clocks() -> np.ndarray:
+    """Read the wall clock and this process's CPU time, in seconds, (2,)."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progress: TaskProgress) -> None:
     """Let an offline agent learn on the real env if it is to, score it, and write its result."""
     agent, returns, successes = PWM.load(path.with_suffix(".zip")), np.zeros(0), None
     data = plan.dataset.of_tasks(task)
     env = plan.make_env(task) if plan.needs_env else None
     if plan.real_steps and env is not None:
         agent, more = _learn_for_real(plan, task, env, progress)
-        seconds += more
+        spent = spent + more
         agent.save(path.with_suffix(".zip"))
     if plan.episodes and env is not None:
         returns, successes = episode_outcomes(agent, env, plan.episodes, _EVALUATION_SEED)
@@ -345,7 +350,7 @@ def _finish(plan: _Plan, task: str, path: pathlib.Path, seconds: float, progress
         os.fspath(path.with_suffix(".zip")),
         plan.updates,
         plan.real_steps,
-        round(seconds, 2),
+        *(round(float(seconds), 2) for seconds in spent),
         float(of_data.mean()),
         float(of_data[-max(1, math.ceil(len(of_data) / 10)) :].mean()),
         tuple(map(float, returns)),
@@ -355,14 +360,14 @@ def _finish(plan: _Plan, task: str, path: pathlib.Path, seconds: float, progress
     progress.advance([task], plan.episodes)
 
 
-def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress) -> tuple[PWM, float]:
-    """Go on with an offline agent on the real env and its data; returns it and the seconds that it took."""
+def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress) -> tuple[PWM, np.ndarray]:
+    """Go on with an offline agent on the real env and its data; returns it and the seconds (see `_clocks`)."""
     path = _result_path(plan, task)
     folder, data = plan.folder / f"real-{path.stem}", plan.dataset.of_tasks(task)
-    note, done, seconds = folder / "state.json", 0, 0.0
+    note, done, spent = folder / "state.json", 0, np.zeros(2)
     if note.exists():  # written last: it says which agent belongs to it
         state = json.loads(note.read_text(encoding="utf-8"))
-        done, seconds = state["done"], state["seconds"]
+        done, spent = state["done"], np.array(state["seconds"])
     source = folder / f"agent-{done}.zip" if done else path.with_suffix(".zip")
     agent = PWM.load(source, env=env, buffer_size=data.num_steps + plan.real_steps)
     if done:
@@ -371,15 +376,15 @@ def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress
         data.add_to(agent.sequence_replay())
     progress.advance([task], done)
     while done < plan.real_steps:
-        began, steps = time.perf_counter(), min(_REAL_CHUNK, plan.real_steps - done)
+        began, steps = _clocks(), min(_REAL_CHUNK, plan.real_steps - done)
         agent.learn(steps, reset_num_timesteps=done == 0)
-        done, seconds = done + steps, seconds + time.perf_counter() - began
+        done, spent = done + steps, spent + _clocks() - began
         agent.save(folder / f"agent-{done}.zip")
         agent.save_replay_buffer(folder / f"agent-{done}.replay")
         with atomic_write(note) as file:
-            file.write(json.dumps({"done": done, "seconds": seconds}).encode())
+            file.write(json.dumps({"done": done, "seconds": spent.tolist()}).encode())
         for old in folder.glob("agent-*"):
             if old.stem != f"agent-{done}":
                 old.unlink()
         progress.advance([task], steps)
-    return agent, seconds
+    return agent, spent
