@@ -1,14 +1,14 @@
-"""The study: one multi-task world model from whole replay buffers, a policy for each of its tasks, and what else could act.
+"""The study: one multi-task world model from whole replay buffers, a policy for each task, and what else could act.
 
-    make multitask-study                 # everything, resumable: run it again after an interruption
-    python benchmarks/multitask_study.py report
+    make multitask-study                            # everything; run it again after an interruption, and it goes on
+    python benchmarks/multitask_study.py report     # the table alone
 
-1. `data`: on each task an agent (PWM with its defaults) trains online until the last tenth of its episodes is worth half
-   of SAC's published score at 1M frames, or half of them succeed; its whole replay buffer is the task's data.
+1. `data`: on each task an agent (PWM with its defaults) trains online until the last tenth of its episodes is worth
+   half of SAC's published score at 1M frames, or half of them succeed; its whole replay buffer is the task's data.
 2. `model`: one multi-task model is pre-trained on all of it, with values and policy prior for the planner.
 3. `policies`: from each seed, a policy for each task (PWM) and one for all tasks; PPO and SAC (SB3's) in each task's
-   latent env, for the CPU time that PWM took for it; and planning (TDMPC2, published settings) with the same model. Each
-   is scored on real episodes from the same initial states. Nothing is chosen by its score: the last policy counts.
+   latent env, for the CPU time that PWM took for it; and planning (TDMPC2, published settings) with the same model.
+   Each is scored on real episodes from the same initial states. Nothing is chosen by its score: the last policy counts.
 4. `report`: the table and the plot, in results/multitask_study/.
 """
 
@@ -249,8 +249,8 @@ def summarise(out: pathlib.Path, rows: Sequence[dict[str, Any]], seeds: Sequence
     """Put the aggregate numbers into sentences."""
     reached = sum(row["reached"] for row in rows)
     lines = [
-        f"PWM reaches the smaller of 1.5 times the data's mean and 0.95 of the best published score, and the mean return "
-        f"of the data's best tenth, on {reached} of {len(rows)} tasks."
+        f"PWM reaches the smaller of 1.5 times the data's mean and 0.95 of the best published score, and the mean "
+        f"return of the data's best tenth, on {reached} of {len(rows)} tasks."
     ]
     planned = [row for row in rows if row["planning"] is not None]
     if len(planned) < len(rows):

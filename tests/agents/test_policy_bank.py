@@ -93,3 +93,79 @@ def test_ten_batched_updates_are_those_of_one_after_another(overrides):
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5, msg=f"{task} {name}")
         assert one.num_timesteps == other.num_timesteps
+
+
+def test_a_bank_goes_on_exactly_from_its_state():
+    model, dataset = make_model(), make_dataset()
+    whole, first, second = (PolicyBank(make_agents(model, dataset), model, finetune=dataset) for _ in range(3))
+    whole.train(4)
+    first.train(2)
+    second.load_state_dict(first.state_dict())
+    second.train(2)
+    for bank in (whole, second):
+        bank.write()
+    for one, other in zip(whole.agents, second.agents, strict=True):
+        expected, got = learned(one), learned(other)
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+        weights = zip(one.world_model.parameters(), other.world_model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_the_shared_policy_acts_as_the_agents_that_it_is_folded_into():
+    model, dataset = make_model(), make_dataset()
+    agents = make_agents(model, dataset)
+    bank = PolicyBank(agents, model, shared=True)
+    bank.train(3)
+    bank.write()
+    z = torch.rand(len(agents), 5, model.config.latent_dim)
+    masks = model.action_masks.unsqueeze(1)
+    with torch.no_grad():
+        actions, _ = bank._nets.actor(z, torch.zeros(len(agents), 5, 3), masks)
+        values = bank._nets.critic(z)  # (E, K, 5)
+        for k, (agent, (_, own)) in enumerate(zip(agents, DIMS.values(), strict=True)):
+            torch.testing.assert_close(agent.policy.actor.latent_actor(z[k])[0], actions[k, :, :own])
+            torch.testing.assert_close(agent.policy.critic.value(z[k]), values[:, k])
+
+
+def test_a_shared_policy_learns_from_every_task():
+    model, dataset = make_model(), make_dataset()
+    bank = PolicyBank(make_agents(model, dataset), model, shared=True)
+    before = [p.clone() for p in bank._nets.actor.parameters()]
+    metrics = bank.train(1)
+    assert metrics["return"].shape == (3,)
+    assert all(not torch.equal(a, b) for a, b in zip(before, bank._nets.actor.parameters(), strict=True))
+
+
+def test_finetuning_lowers_the_models_loss_on_the_data():
+    from pwm_gym.training import world_model_loss
+
+    model, dataset = make_model(("two",)), make_dataset(("two",))
+    bank = PolicyBank(make_agents(model, dataset, ("two",)), model, finetune=dataset)
+    bank.train(100)
+    windows = dataset.sample_windows(16, 3, np.random.default_rng(1))
+    with torch.no_grad():
+        before, after = (world_model_loss(m, *windows[:4], rho=0.5)[0] for m in (model, bank.world_model))
+    assert after < 0.7 * before
+
+
+def test_agents_of_other_settings_or_sizes_are_refused():
+    model, dataset = make_model(), make_dataset()
+    one = make_agents(model, dataset)[0]
+    other = make_agents(model, dataset, gamma=0.5)[1]
+    with pytest.raises(ValueError, match="one `gamma`, got 0.99, 0.5"):
+        PolicyBank([one, other], model)
+    with pytest.raises(ValueError, match="as many envs for each task, got 6, 2"):
+        PolicyBank([one, make_agents(model, dataset, rows=2)[1]], model)
+    with pytest.raises(ValueError, match="fixed `ent_coef`"):
+        PolicyBank(make_agents(model, dataset, ent_coef="auto"), model)
+    with pytest.raises(ValueError, match="LatentVectorEnvs"):
+        PolicyBank([PWM("MlpPolicy", "Pendulum-v1", device="cpu")], model)
+
+
+def test_divergence_is_told():
+    model, dataset = make_model(), make_dataset()
+    bank = PolicyBank(make_agents(model, dataset), model)
+    with torch.no_grad():
+        bank._nets.actor.leading("mean.bias")[1, 0] = float("nan")
+    with pytest.raises(ValueError, match="diverged"):
+        bank.train(1)
