@@ -144,7 +144,9 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
         default = inspect.signature(extract).parameters[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--horizon", type=int, default=SETTINGS["horizon"], help="default: %(default)s")
-    parser.add_argument("--one-by-one", action="store_true", help="one task after another instead of all together")
+    parser.add_argument(
+        "--together", type=int, help="tasks in one batched program, 1 for one after another; all without"
+    )
     parser.add_argument("--shared", action="store_true", help="one policy, conditioned on the task, instead of many")
     parser.add_argument("--finetune", action="store_true", help="go on fitting the model to the tasks' data")
     parser.add_argument("--released", action="store_true", help="settings of PWM's released code: PWM.RELEASED")
@@ -157,7 +159,7 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
             OfflineDataset.load(args.path),
             args.tasks,
             out=args.out,
-            batched=not args.one_by_one,
+            together=args.together,
             shared=args.shared,
             finetune=args.finetune,
             progress_bar=True,

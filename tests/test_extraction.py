@@ -97,7 +97,7 @@ def test_report_has_a_row_for_each_task(run):
 
 def test_one_after_another_gives_the_same_policies(run, tmp_path):
     folder, _ = run
-    extract(make_model(), make_dataset(), out=tmp_path, episodes=0, batched=False, **TINY)
+    extract(make_model(), make_dataset(), out=tmp_path, episodes=0, together=1, **TINY)
     for task in TASKS:
         expected, got = weights(folder / f"{task}.zip"), weights(tmp_path / f"{task}.zip")
         for name, value in expected.items():
@@ -219,7 +219,7 @@ def test_a_task_without_a_registered_env_is_refused(tmp_path):
     refuse("shapes", tmp_path, env_ids={"ShortPendulum-v0": "ShortCar-v0"}, episodes=1)
 
 
-@pytest.mark.parametrize("argument", ["updates", "num_envs", "checkpoint_every"])
+@pytest.mark.parametrize("argument", ["updates", "num_envs", "checkpoint_every", "together"])
 def test_arguments_out_of_range_are_refused(argument, tmp_path):
     refuse(f"`{argument}` must be >= 1", tmp_path, **{argument: 0})
 

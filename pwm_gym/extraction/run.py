@@ -74,7 +74,7 @@ def extract(
     out: str | os.PathLike[str] = "runs/extraction",
     updates: int = 3_000,
     num_envs: int = 64,
-    batched: bool = True,
+    together: int | None = None,
     shared: bool = False,
     finetune: bool = False,
     real_steps: int = 0,
@@ -99,8 +99,8 @@ def extract(
         out: The folder.
         updates: Policy updates for each task.
         num_envs: Imagined rollouts in an update.
-        batched: Train all tasks in one batched program (`PolicyBank`) instead of one after another. Both give the same
-            policies but for rounding, unless `finetune` is set: one model is then fitted to all tasks, or one for each.
+        together: Tasks that are trained in one batched program (`PolicyBank`): None for all, 1 for one after another. The
+            policies are the same but for rounding, unless `finetune` is set: each program fits one model to its tasks.
         shared: Train one policy that is conditioned on the task instead of one for each task.
         finetune: Go on fitting the model to the tasks' data while the policies train.
         real_steps: Decisions that each policy then learns for on the real env, as `PWM` does there: with the
@@ -140,6 +140,7 @@ def extract(
         ("updates", updates, 1),
         ("num_envs", num_envs, 1),
         ("checkpoint_every", checkpoint_every, 1),
+        ("together", 1 if together is None else together, 1),
         ("real_steps", real_steps, 0),
         ("episodes", episodes, 0),
     ):
@@ -168,8 +169,9 @@ def extract(
         {**SETTINGS, **settings, "policy_kwargs": nested},
     )
     _check(plan)
-    _begin(plan, batched or shared)
-    groups = [chosen] if batched or shared else [(task,) for task in chosen]
+    size = len(chosen) if together is None or shared else together
+    _begin(plan, size)
+    groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     with show_task_progress(dict.fromkeys(chosen, updates + real_steps + episodes), progress_bar) as progress:
         for group in groups:
             if all(_result_path(plan, task).exists() for task in group):
@@ -236,13 +238,13 @@ def _check_env(plan: _Plan, task: str, observation_dim: int, action_dim: int) ->
         )
 
 
-def _begin(plan: _Plan, together: bool) -> None:
+def _begin(plan: _Plan, together: int) -> None:
     """Make the folder, or check that the run in it was begun with the same arguments."""
     checksum = 0
     for value in plan.world_model.state_dict().values():
         checksum = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), checksum)
     left_out = {"world_model", "dataset", "folder", "checkpoint_every", "settings"}
-    if not together:
+    if together == 1:
         left_out.add("tasks")  # more can be added
     call = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in left_out}
     call |= {"together": together, "model": checksum, "steps": plan.dataset.num_steps, "settings": repr(plan.settings)}
