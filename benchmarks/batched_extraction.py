@@ -25,7 +25,14 @@ from pwm_gym.extraction import SETTINGS
 from pwm_gym.task_sets import TASK_DIMS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TASKS = ("cartpole-swingup", "pendulum-swingup", "cup-catch", "finger-spin", "reacher-easy", "walker-walk")
+TASKS: tuple[str, ...] = (
+    "cartpole-swingup",
+    "pendulum-swingup",
+    "cup-catch",
+    "finger-spin",
+    "reacher-easy",
+    "walker-walk",
+)
 TASKS += ("mw-reach", "mw-door-close")
 
 
@@ -33,8 +40,14 @@ def make(tasks: tuple[str, ...], size: str, num_envs: int, device: str) -> tuple
     """Make a multi-task model and an agent for each task."""
     torch.manual_seed(0)
     dims = [TASK_DIMS[task] for task in tasks]
-    widths = {"observation_dims": tuple(d.observation for d in dims), "action_dims": tuple(d.action for d in dims)}
-    wide = {"observation_dim": max(widths["observation_dims"]), "action_dim": max(widths["action_dims"])}
+    widths: dict[str, Any] = {
+        "observation_dims": tuple(d.observation for d in dims),
+        "action_dims": tuple(d.action for d in dims),
+    }
+    wide: dict[str, Any] = {
+        "observation_dim": max(widths["observation_dims"]),
+        "action_dim": max(widths["action_dims"]),
+    }
     model = WorldModel(WorldModelConfig.preset(size, tasks=tasks, **wide, **widths)).to(device).eval()
     rng = np.random.default_rng(0)
     episodes = [

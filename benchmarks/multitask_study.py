@@ -47,7 +47,14 @@ from pwm_gym.replay import SequenceReplayBuffer
 from pwm_gym.serialization import atomic_write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TASKS = ("cartpole-swingup", "pendulum-swingup", "cup-catch", "finger-spin", "reacher-easy", "walker-walk")
+TASKS: tuple[str, ...] = (
+    "cartpole-swingup",
+    "pendulum-swingup",
+    "cup-catch",
+    "finger-spin",
+    "reacher-easy",
+    "walker-walk",
+)
 TASKS += ("mw-door-close", "mw-handle-press")
 METHODS = ("PWM", "multi-task policy", "PPO", "SAC", "planning")
 EVERY, FEWEST_EPISODES = 2_500, 60  # decisions between looks at the criterion: whole episodes; and episodes of a task
@@ -153,12 +160,12 @@ def score(path: pathlib.Path, task: str, env: gym.Env, make: Callable[[], Any], 
 
 
 def train_baseline(
-    kind: type[BaseAlgorithm], model: WorldModel, dataset: OfflineDataset, task: str, seed: int, seconds: float
+    kind: Callable[..., BaseAlgorithm], model: WorldModel, dataset: OfflineDataset, task: str, seed: int, seconds: float
 ) -> BaseAlgorithm:
     """Train SB3's PPO or SAC in the task's latent env for some CPU seconds."""
     # With 16 envs PPO and SAC come further in the same time than with the 64 that are PWM's batch of rollouts.
     latent = LatentVectorEnv(model, dataset, num_envs=16, horizon=16, task=task)
-    agent = kind("MlpPolicy", as_sb3_vec_env(latent), seed=seed, device="cpu")  # type: ignore[arg-type]
+    agent = kind("MlpPolicy", as_sb3_vec_env(latent), seed=seed, device="cpu")
     return agent.learn(10**9, callback=TimeBudget(seconds))
 
 

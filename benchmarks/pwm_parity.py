@@ -74,11 +74,11 @@ def import_reference(root: pathlib.Path) -> Any:
         module = types.ModuleType(name)
         module.__path__ = [str(root / "src" / name.replace(".", "/"))]
         sys.modules[name] = module
-    from pwm.algorithms import pwm as algorithm  # type: ignore[import-not-found]
-    from pwm.models.actor import ActorStochasticMLP  # type: ignore[import-not-found]
-    from pwm.models.critic import CriticMLP  # type: ignore[import-not-found]
-    from pwm.models.mlp import SimNorm  # type: ignore[import-not-found]
-    from pwm.models.world_model import WorldModel  # type: ignore[import-not-found]
+    from pwm.algorithms import pwm as algorithm
+    from pwm.models.actor import ActorStochasticMLP
+    from pwm.models.critic import CriticMLP
+    from pwm.models.mlp import SimNorm
+    from pwm.models.world_model import WorldModel
 
     def make(folder: str, size: str, **kwargs: Any) -> Any:
         sizes = dict(SIZES[size])

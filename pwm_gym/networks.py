@@ -330,7 +330,7 @@ class Stacked(nn.Module):
         def call_one(parameters: dict[str, Tensor], *own: Tensor) -> Any:
             return functional_call(self._template[0], parameters, own)
 
-        parameters = {name: self.leading(name) for name in self._parameter_names}
+        parameters: dict[str, Tensor] = {name: self.leading(name) for name in self._parameter_names}
         return vmap(call_one, (0, *[self._in_dim] * len(inputs)), self._out_dim)(parameters, *inputs)
 
 

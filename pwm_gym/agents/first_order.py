@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
 
     def by_task(self, count: int) -> Rollout:
         """View the envs as `count` tasks of as many envs each: (H, B, ...) as (H, K, B, ...)."""
-        return self._make(x.unflatten(1, (count, -1)) if isinstance(x, Tensor) else x for x in self)
+        return Rollout(*(x.unflatten(1, (count, -1)) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
 
 class ActorCritic(NamedTuple):

@@ -202,8 +202,8 @@ class PolicyBank:
 
     def _check(self) -> None:
         lead = self.agents[0]
-        names = ("horizon", "gamma", "td_lambda", "tau", "ent_coef", "critic_epochs", "critic_minibatches")
-        names += ("max_grad_norm", "detach_input", "extra_bootstrap_discount", "use_sde")
+        names = ["horizon", "gamma", "td_lambda", "tau", "ent_coef", "critic_epochs", "critic_minibatches"]
+        names += ["max_grad_norm", "detach_input", "extra_bootstrap_discount", "use_sde"]
         for agent, env in zip(self.agents, self._envs, strict=True):
             for name in names:
                 if getattr(agent, name) != getattr(lead, name):

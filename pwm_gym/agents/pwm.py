@@ -362,7 +362,7 @@ class PWM(ModelBasedAlgorithm):
             with frozen(self.world_model):
                 z = self._begin_rollout(env)
                 horizon = min(self.horizon, env.horizon)
-                window = rollout(env, z, nets.actor, horizon, self._generator, self.detach_input)
+                window = rollout(env, z, policy.actor.latent_actor, horizon, self._generator, self.detach_input)
             metrics |= self.update_policy(window, nets)
         for name in ("return", "reward"):
             metrics[f"imagined_{name}"] = metrics.pop(name)

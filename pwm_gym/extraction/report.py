@@ -51,8 +51,8 @@ class TaskResult:
     @classmethod
     def load(cls, path: pathlib.Path) -> Self:
         """Read what `save` wrote."""
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**fields, "returns": tuple(fields["returns"]), "successes": tuple(fields["successes"])})
 
 
 @functools.cache

@@ -99,8 +99,9 @@ def extract(
         out: The folder.
         updates: Policy updates for each task.
         num_envs: Imagined rollouts in an update.
-        together: Tasks that are trained in one batched program (`PolicyBank`): None for all, 1 for one after another. The
-            policies are the same but for rounding, unless `finetune` is set: each program fits one model to its tasks.
+        together: Tasks that are trained in one batched program (`PolicyBank`): None for all, 1 for one after another.
+            The policies are the same but for rounding, unless `finetune` is set: each program fits one model to its
+            tasks.
         shared: Train one policy that is conditioned on the task instead of one for each task.
         finetune: Go on fitting the model to the tasks' data while the policies train.
         real_steps: Decisions that each policy then learns for on the real env, as `PWM` does there: with the
@@ -294,10 +295,11 @@ def _make_agent(plan: _Plan, task: str) -> PWM:
     model = plan.world_model.for_task(task if config.num_tasks else None)
     spaces: tuple[Any, Any] = (model.observation_space, model.action_space)
     if plan.needs_env:
-        env = plan.make_env(task)
-        spaces = env.observation_space, env.action_space
-        env.close()
-    copied = WorldModel(model.config, *spaces, model.features_extractor).to(model.device, model.dtype).eval()
+        real = plan.make_env(task)
+        spaces = real.observation_space, real.action_space
+        real.close()
+    extractor = copy.deepcopy(model.features_extractor)
+    copied = WorldModel(model.config, *spaces, extractor).to(model.device, model.dtype).eval()
     copied.load_state_dict(model.state_dict())
     env = LatentVectorEnv(copied, data, num_envs=plan.num_envs, horizon=plan.settings["horizon"])
     return PWM("MlpPolicy", env, seed=plan.seed, **plan.settings)
@@ -347,16 +349,18 @@ def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progr
     if env is not None:
         env.close()
     of_data = np.sort(data.returns())
+    seconds, cpu_seconds = (round(float(value), 2) for value in spent)
     TaskResult(
-        task,
-        os.fspath(path.with_suffix(".zip")),
-        plan.updates,
-        plan.real_steps,
-        *(round(float(seconds), 2) for seconds in spent),
-        float(of_data.mean()),
-        float(of_data[-max(1, math.ceil(len(of_data) / 10)) :].mean()),
-        tuple(map(float, returns)),
-        () if successes is None else tuple(map(bool, successes)),
+        task=task,
+        agent=os.fspath(path.with_suffix(".zip")),
+        updates=plan.updates,
+        real_steps=plan.real_steps,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        data_mean=float(of_data.mean()),
+        data_best_tenth=float(of_data[-math.ceil(len(of_data) / 10) :].mean()),
+        returns=tuple(map(float, returns)),
+        successes=() if successes is None else tuple(map(bool, successes)),
     ).save(path)
     shutil.rmtree(plan.folder / f"real-{path.stem}", ignore_errors=True)
     progress.advance([task], plan.episodes)

@@ -169,3 +169,12 @@ def test_divergence_is_told():
         bank._nets.actor.leading("mean.bias")[1, 0] = float("nan")
     with pytest.raises(ValueError, match="diverged"):
         bank.train(1)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_policy_comes_to_imagine_larger_returns(shared):
+    model, dataset = make_model(), make_dataset()
+    bank = PolicyBank(make_agents(model, dataset, rows=32, ent_coef=0.0), model, shared=shared)
+    before = bank.train(1)["return"]
+    after = bank.train(60)["return"]
+    assert (after > before).all(), (before, after)
