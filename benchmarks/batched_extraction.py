@@ -25,30 +25,25 @@ from pwm_gym.extraction import SETTINGS
 from pwm_gym.task_sets import TASK_DIMS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TASKS: tuple[str, ...] = (
-    "cartpole-swingup",
-    "pendulum-swingup",
-    "cup-catch",
-    "finger-spin",
-    "reacher-easy",
-    "walker-walk",
+TASKS = (
+    *("cartpole-swingup", "pendulum-swingup", "cup-catch", "finger-spin", "reacher-easy", "walker-walk"),
+    *("mw-door-close", "mw-handle-press"),
 )
-TASKS += ("mw-reach", "mw-door-close")
 
 
 def make(tasks: tuple[str, ...], size: str, num_envs: int, device: str) -> tuple[WorldModel, list[PWM]]:
     """Make a multi-task model and an agent for each task."""
     torch.manual_seed(0)
     dims = [TASK_DIMS[task] for task in tasks]
-    widths: dict[str, Any] = {
-        "observation_dims": tuple(d.observation for d in dims),
-        "action_dims": tuple(d.action for d in dims),
-    }
-    wide: dict[str, Any] = {
-        "observation_dim": max(widths["observation_dims"]),
-        "action_dim": max(widths["action_dims"]),
-    }
-    model = WorldModel(WorldModelConfig.preset(size, tasks=tasks, **wide, **widths)).to(device).eval()
+    config = WorldModelConfig.preset(
+        size,
+        tasks=tasks,
+        observation_dim=max(d.observation for d in dims),
+        action_dim=max(d.action for d in dims),
+        observation_dims=tuple(d.observation for d in dims),
+        action_dims=tuple(d.action for d in dims),
+    )
+    model = WorldModel(config).to(device).eval()
     rng = np.random.default_rng(0)
     episodes = [
         Episode(rng.normal(size=(51, d.observation)), rng.uniform(-1, 1, (50, d.action)), np.ones(50), task=i)

@@ -47,15 +47,10 @@ from pwm_gym.replay import SequenceReplayBuffer
 from pwm_gym.serialization import atomic_write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TASKS: tuple[str, ...] = (
-    "cartpole-swingup",
-    "pendulum-swingup",
-    "cup-catch",
-    "finger-spin",
-    "reacher-easy",
-    "walker-walk",
+TASKS = (
+    *("cartpole-swingup", "pendulum-swingup", "cup-catch", "finger-spin", "reacher-easy", "walker-walk"),
+    *("mw-door-close", "mw-handle-press"),
 )
-TASKS += ("mw-door-close", "mw-handle-press")
 METHODS = ("PWM", "multi-task policy", "PPO", "SAC", "planning")
 EVERY, FEWEST_EPISODES = 2_500, 60  # decisions between looks at the criterion: whole episodes; and episodes of a task
 EVALUATION_SEED = 10_000  # as in `extract`
@@ -197,7 +192,7 @@ def run_policies(arguments: argparse.Namespace, dataset: OfflineDataset, model: 
                 def plan(task: str = task, seed: int = seed) -> Any:
                     return make_planner(model, task, seed)
 
-                score(folder / "planning" / f"{task}.json", task, env, plan, arguments.episodes)
+                score(folder / "planning" / f"{task}.json", task, env, plan, arguments.planning_episodes)
 
 
 # 4. Report
@@ -341,6 +336,7 @@ def main() -> None:
     parser.add_argument("--model-batch-size", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--updates", type=int, default=3_000, help="of each policy (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=10, help="to score each on (default: %(default)s)")
+    parser.add_argument("--planning-episodes", type=int, default=10, help="the same of planning (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "multitask_study")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "results" / "multitask_study")
     arguments = parser.parse_args()
