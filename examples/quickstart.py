@@ -2,8 +2,9 @@
 
     python examples/quickstart.py --seed 0
 
-trains for 12,000 decisions (24,000 frames, a few minutes on two cores), keeps the policy that its own evaluations liked
-best, scores that once on 10 other episodes, and leaves the agent, its learning curve and a video in runs/.
+trains until an evaluation reaches a return of 850, for at most 15,000 decisions (30,000 frames), keeps the policy that
+its evaluations liked best, scores that once on 10 other episodes, and leaves the agent, its learning curve and a video
+in runs/.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import pathlib
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
 from stable_baselines3.common.monitor import Monitor
 
 from pwm_gym import PWM  # was: from stable_baselines3 import SAC
@@ -22,7 +23,10 @@ def main() -> None:
     """Train, choose, score, and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="pwm_gym/cartpole-swingup-v0", help="a registered env (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12_000, help="decisions to train for (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=15_000, help="decisions at the most (default: %(default)s)")
+    parser.add_argument(
+        "--enough", type=float, default=850.0, help="mean return of an evaluation that ends it (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for results (default: runs/...)")
     arguments = parser.parse_args()
@@ -33,7 +37,13 @@ def main() -> None:
     eval_env = Monitor(gym.make(arguments.env))
     eval_env.reset(seed=1_000 + arguments.seed)
     choose_best = EvalCallback(
-        eval_env, n_eval_episodes=5, eval_freq=1_000, best_model_save_path=str(out), log_path=str(out), verbose=0
+        eval_env,
+        callback_on_new_best=StopTrainingOnRewardThreshold(arguments.enough),
+        n_eval_episodes=5,
+        eval_freq=1_000,
+        best_model_save_path=str(out),
+        log_path=str(out),
+        verbose=0,
     )
 
     agent = PWM("MlpPolicy", env, seed=arguments.seed)  # was: SAC("MlpPolicy", env, seed=arguments.seed)

@@ -1,6 +1,9 @@
 """dm_control's tasks as plain Gymnasium environments, with TD-MPC2's conventions."""
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -113,12 +116,13 @@ class _DMControl(Simulator):
         domain = _DOMAINS.get(domain, domain)
         # `PhysicsEnv` keeps the time, so that `set_physics_state` can begin it anew.
         task_kwargs = {"random": 0, "time_limit": math.inf}
-        if task in DM_CONTROL_TASKS:
-            self.env = suite.load(domain, name.replace("-", "_"), task_kwargs=task_kwargs)
-        else:
-            from pwm_gym.envs import custom_tasks
+        with _without_deprecations():
+            if task in DM_CONTROL_TASKS:
+                self.env = suite.load(domain, name.replace("-", "_"), task_kwargs=task_kwargs)
+            else:
+                from pwm_gym.envs import custom_tasks
 
-            self.env = custom_tasks.load(task, **task_kwargs)
+                self.env = custom_tasks.load(task, **task_kwargs)
         # A reset also writes constants into the model (sizes, damping). `write_state` needs
         # them, and may be called before the user's first reset.
         self.env.reset()
@@ -237,3 +241,18 @@ def _import_simulator() -> tuple[Any, Any]:
             'missing. Run: pip install "pwm-gym[dm-control]"'
         ) from error
     return suite, dm_env_step2gym_step
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Hold back that dm_control's own models use attributes which MuJoCo deprecates: no user can act on it."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "is deprecated" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

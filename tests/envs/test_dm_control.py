@@ -1,6 +1,7 @@
 """DMControlEnv against dm_control itself, and against Gymnasium's and SB3's contracts."""
 
 import copy
+import logging
 import math
 import pickle
 import subprocess
@@ -86,6 +87,13 @@ def assert_equal_rollouts(a, b):
 
 def test_the_table_is_the_suite_part_of_mt30():
     assert tuple(SUITE) == DM_CONTROL_TASKS
+
+
+def test_loading_a_task_logs_nothing(caplog: pytest.LogCaptureFixture):
+    gym.make("pwm_gym/cheetah-run-v0").close()
+    gym.make("pwm_gym/cheetah-jump-v0").close()
+    assert not caplog.records
+    assert not logging.getLogger("absl").filters
 
 
 def test_import_loads_no_simulator():
