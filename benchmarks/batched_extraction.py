@@ -4,8 +4,8 @@
 
 The two take turns, update by update, so that whatever else the machine does slows both down alike. The ratio is that of
 their quickest rounds, which are the least disturbed; beside it stand the median, lowest and highest ratio of a round.
-On a CPU seconds are of CPU time at equal threads, on a GPU of the wall clock. The model is multi-task, of tasks with the
-sizes of the study's; its weights and the data are random, as speed doesn't depend on them. The table is
+On a CPU seconds are of CPU time at equal threads, on a GPU of the wall clock. The model is multi-task, of tasks with
+the sizes of the study's; its weights and the data are random, as speed doesn't depend on them. The table is
 results/extraction/batched.csv; a row of the same device and sizes is replaced in it.
 """
 

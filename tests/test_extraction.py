@@ -89,7 +89,7 @@ def test_report_has_a_row_for_each_task(run):
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["task"] for row in rows] == list(TASKS)
-    assert [float(row["here"]) for row in rows] == pytest.approx([r.score for r in results.values()], abs=1e-3)
+    assert [float(row["score"]) for row in rows] == pytest.approx([r.score for r in results.values()], abs=1e-3)
     assert (folder / "table.md").read_text().count("\n") == 2 + len(TASKS)
     assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob("checkpoint-*"))

@@ -188,7 +188,7 @@ class PolicyBank:
         indices = torch.tensor([0 if tasks is None else config.tasks.index(task) for task in tasks or ("",)])
         with torch.no_grad():
             masks = self.world_model.action_mask(None if tasks is None else indices).expand(len(agents), -1)  # (K, A)
-            embeddings = self.world_model._embedding(indices) if tasks is not None else masks[:, :0]
+            embeddings = self.world_model.embedding(indices) if tasks is not None else masks[:, :0]
         self._make_nets(masks, embeddings)
         for agent, env in zip(agents, self._envs, strict=True):
             if agent.seed is not None and not env.has_started:

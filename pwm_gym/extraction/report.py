@@ -19,7 +19,14 @@ from pwm_gym.serialization import atomic_write
 __all__ = ["TaskResult", "published_scores", "write_report"]
 
 _JOINT = ("PWM MT30", "PWM MT80"), ("TD-MPC2 multi-task MT30", "TD-MPC2 multi-task MT80")  # the first that there is
-_SERIES = ("data, mean", "data, best tenth", "here", "PWM", "TD-MPC2 multi-task", "best single-task")
+_BARS = {  # column of the table -> what the plot calls it
+    "data_mean": "data, mean",
+    "data_best_tenth": "data, best tenth",
+    "score": "this policy",
+    "published_pwm": "published: PWM",
+    "published_tdmpc2": "TD-MPC2, multi-task",
+    "published_single": "best single-task",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,24 +103,22 @@ def _row(result: TaskResult) -> dict[str, Any]:
     scores = np.array(result.successes if kind == "success" else result.returns, float)
     return {
         "task": result.task,
-        "kind": kind,
-        "data, mean": result.data_mean if kind == "return" else None,
-        "data, best tenth": result.data_best_tenth if kind == "return" else None,
-        "here": scores.mean() if len(scores) else None,
+        "kind": kind,  # what score and published scores are
+        "score": scores.mean() if len(scores) else None,
         "lowest": scores.min() if len(scores) else None,
         "highest": scores.max() if len(scores) else None,
-        "return": float(np.mean(result.returns)) if result.returns else None,
         "episodes": len(scores),
-        "PWM": joint[0],
-        "TD-MPC2 multi-task": joint[1],
-        "best single-task": single[best] if best else None,
-        "which": best,
+        "mean_return": float(np.mean(result.returns)) if result.returns else None,
+        "data_mean": result.data_mean,  # returns, whatever is scored
+        "data_best_tenth": result.data_best_tenth,
+        "published_pwm": joint[0],
+        "published_tdmpc2": joint[1],
+        "published_single": single[best] if best else None,
+        "published_single_by": best,
         "updates": result.updates,
         "real_steps": result.real_steps,
         "seconds": result.seconds,
         "cpu_seconds": result.cpu_seconds,
-        "data_mean": result.data_mean,
-        "data_best_tenth": result.data_best_tenth,
     }
 
 
@@ -153,13 +158,21 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        kind = row["kind"]
+        kind, best = row["kind"], row["published_single_by"]
         span = f"{_number(row['lowest'], kind)} to {_number(row['highest'], kind)}" if row["episodes"] else ""
-        single = f"{_number(row['best single-task'], kind)} ({row['which']})" if row["which"] else ""
         cells = [row["task"], kind, f"{row['data_mean']:.0f}", f"{row['data_best_tenth']:.0f}"]
-        cells += [_number(row["here"], kind), span, _number(row["PWM"], kind), _number(row["TD-MPC2 multi-task"], kind)]
-        lines.append("| " + " | ".join([*cells, single, f"{row['seconds']:.0f}"]) + " |")
+        cells += [_number(row["score"], kind), span]
+        cells += [_number(row[name], kind) for name in ("published_pwm", "published_tdmpc2")]
+        cells += [f"{_number(row['published_single'], kind)} ({best})" if best else "", f"{row['seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _height(row: dict[str, Any], column: str) -> float:
+    """Give a bar's height: success, or a return over 1000; none for the data's returns where success is scored."""
+    if row[column] is None or (row["kind"] == "success" and column.startswith("data_")):
+        return float("nan")
+    return float(row[column]) / (1.0 if row["kind"] == "success" else 1_000.0)
 
 
 def _plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -170,12 +183,11 @@ def _plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         raise ImportError('a plot needs matplotlib: pip install "pwm-gym[examples]"') from error
     figure = Figure(figsize=(max(6.0, 1.3 * len(rows) + 2.0), 4.4), dpi=110, layout="constrained")
     axes = figure.subplots()
-    places, width = np.arange(len(rows)), 0.8 / len(_SERIES)
-    for index, name in enumerate(_SERIES):
-        scale = [1.0 if row["kind"] == "success" else 1_000.0 for row in rows]
-        heights = [float("nan") if row[name] is None else row[name] / s for row, s in zip(rows, scale, strict=True)]
-        style: dict[str, Any] = {"alpha": 1.0 if name == "here" else 0.55, "label": name}
-        axes.bar(places + (index - (len(_SERIES) - 1) / 2) * width, heights, width, color=f"C{index}", **style)
+    places, width = np.arange(len(rows)), 0.8 / len(_BARS)
+    for index, (column, label) in enumerate(_BARS.items()):
+        heights = [_height(row, column) for row in rows]
+        left, alpha = places + (index - len(_BARS) / 2) * width, 1.0 if column == "score" else 0.55
+        axes.bar(left, heights, width, align="edge", color=f"C{index}", alpha=alpha, label=label)
     axes.set_xticks(places, [row["task"] for row in rows], rotation=30, ha="right")
     axes.set(ylabel="return / 1000, or success", title="a policy for each task from one world model")
     axes.grid(alpha=0.3, axis="y")
