@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.utils import LinearSchedule
 
 from pwm_gym import PWM, OfflineDataset, WorldModel, WorldModelConfig, cli, extract
 from pwm_gym.agents.policy_bank import PolicyBank
@@ -154,6 +155,19 @@ def test_another_call_in_the_same_folder_is_refused(run):
         extract(make_model(), make_dataset(), out=folder, episodes=2, **{**TINY, "updates": 5})
     with pytest.raises(ValueError, match="'model'"):
         extract(make_model(seed=1), make_dataset(), out=folder, episodes=2, **TINY)
+
+
+def test_a_learning_rate_schedule_is_followed_to_its_end(tmp_path):
+    schedule = LinearSchedule(1e-3, 0.0, 1.0)
+    results = extract(make_model(), make_dataset(), out=tmp_path, episodes=1, learning_rate=schedule, **TINY)
+    agent = PWM.load(results[TASKS[0]].agent, learning_rate=schedule)
+    constant = extract(make_model(), make_dataset(), out=tmp_path / "constant", episodes=0, learning_rate=1e-3, **TINY)
+    first, second = weights(constant[TASKS[0]].agent), agent.policy.state_dict()
+    assert not any(torch.equal(value, second[name]) for name, value in first.items() if "features.0" in name)
+    with pytest.raises(ValueError, match="'settings'"):
+        extract(
+            make_model(), make_dataset(), out=tmp_path, episodes=1, learning_rate=LinearSchedule(1e-3, 0.1, 1.0), **TINY
+        )
 
 
 def test_finetuning_fits_the_model_of_the_agents_and_leaves_the_callers(tmp_path):

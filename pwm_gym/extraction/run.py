@@ -113,7 +113,8 @@ def extract(
         reward_in_task_units: Maximise rewards in task units, or with False, as PWM's released code, the expectation
             over symlog bins; None for what the model's config says.
         progress_bar: Show a bar for each task and one for all.
-        **settings: Arguments of `PWM` other than policy, env and seed; what is not given is as in `SETTINGS`.
+        **settings: Arguments of `PWM` other than policy, env and seed; what is not given is as in `SETTINGS`. A
+            schedule of the learning rate must have a repr that tells it from others, as SB3's `LinearSchedule` has.
 
     Returns:
         The results by task.
@@ -337,7 +338,7 @@ def _clocks() -> np.ndarray:
 
 def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progress: TaskProgress) -> None:
     """Let an offline agent learn on the real env if it is to, score it, and write its result."""
-    agent, returns, successes = PWM.load(path.with_suffix(".zip")), np.zeros(0), None
+    agent, returns, successes = _load(plan, path.with_suffix(".zip")), np.zeros(0), None
     data = plan.dataset.of_tasks(task)
     env = plan.make_env(task) if plan.needs_env else None
     if plan.real_steps and env is not None:
@@ -366,6 +367,12 @@ def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progr
     progress.advance([task], plan.episodes)
 
 
+def _load(plan: _Plan, path: pathlib.Path, **kwargs: Any) -> PWM:
+    """Read an agent of this run; a schedule has no plain form in its file, so that it is given."""
+    rate = plan.settings.get("learning_rate")
+    return PWM.load(path, **({"learning_rate": rate} if callable(rate) else {}), **kwargs)
+
+
 def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress) -> tuple[PWM, np.ndarray]:
     """Go on with an offline agent on the real env and its data; returns it and the seconds (see `_clocks`)."""
     path = _result_path(plan, task)
@@ -375,7 +382,7 @@ def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress
         state = json.loads(note.read_text(encoding="utf-8"))
         done, spent = state["done"], np.array(state["seconds"])
     source = folder / f"agent-{done}.zip" if done else path.with_suffix(".zip")
-    agent = PWM.load(source, env=env, buffer_size=data.num_steps + plan.real_steps)
+    agent = _load(plan, source, env=env, buffer_size=data.num_steps + plan.real_steps)
     if done:
         agent.load_replay_buffer(folder / f"agent-{done}.replay")
     else:
