@@ -132,7 +132,7 @@ class PolicyBank:
     done for all at once: one call of the multi-task model for the rollouts of all tasks, one batched product for a
     layer of all actors and critics, one optimizer. The settings are the agents' own and must be equal; random numbers
     come from each agent's generators, so that the results are those of training them one after another, but for
-    rounding.
+    rounding. It goes on from the agents' networks, with fresh optimizers.
 
     Args:
         agents: The agents. `write` puts what was learned into them.
@@ -184,11 +184,10 @@ class PolicyBank:
             termination="none",
             task=tasks,
         )
-        self._task_rows = None if tasks is None else self.env.task_rows
-        indices = torch.tensor([0 if tasks is None else config.tasks.index(task) for task in tasks or ("",)])
+        indices = None if self.env.task_rows is None else self.env.task_rows[:: self._rows]  # (K,)
         with torch.no_grad():
-            masks = self.world_model.action_mask(None if tasks is None else indices).expand(len(agents), -1)  # (K, A)
-            embeddings = self.world_model.embedding(indices) if tasks is not None else masks[:, :0]
+            masks = self.world_model.action_mask(indices).expand(len(agents), -1)  # (K, A)
+            embeddings = masks[:, :0] if indices is None else self.world_model.embedding(indices)  # (K, E)
         self._make_nets(masks, embeddings)
         for agent, env in zip(agents, self._envs, strict=True):
             if agent.seed is not None and not env.has_started:
@@ -290,7 +289,7 @@ class PolicyBank:
         width = self.world_model.config.observation_dim
         drawn = [env.sample_observations(self._rows, env.np_random) for env in self._envs]
         observations = torch.cat([nn.functional.pad(o, (0, width - o.shape[-1])) for o in drawn])  # (K B, O)
-        return self.env.reset(options={"latents": self.world_model.encode(observations, self._task_rows)})[0]
+        return self.env.reset(options={"latents": self.world_model.encode(observations, self.env.task_rows)})[0]
 
     @torch.no_grad()
     def write(self) -> None:
