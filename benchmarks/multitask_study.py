@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3 import PPO, SAC
@@ -140,8 +139,8 @@ class TimeBudget(BaseCallback):
         return time.process_time() - self.began < self.seconds
 
 
-def score(path: pathlib.Path, task: str, env: gym.Env, make: Callable[[], Any], episodes: int) -> None:
-    """Make an agent and score it, unless that is done."""
+def score(path: pathlib.Path, task: str, env: Any, make: Callable[[], Any], episodes: int) -> None:
+    """Make an agent and score it, in one env or in several side by side, unless that is done."""
     if path.exists():
         return
     began = time.process_time()
@@ -179,8 +178,7 @@ def run_policies(arguments: argparse.Namespace, dataset: OfflineDataset, model: 
         results = extract(model, dataset, out=folder / "PWM", seed=seed, **common)
         extract(model, dataset, out=folder / "multi-task policy", seed=seed, shared=True, **common)
         for task in dataset.tasks:
-            env = make_task(task)
-            latent, seconds = LatentObservation(env, model, task=task), results[task].cpu_seconds
+            latent, seconds = LatentObservation(make_task(task), model, task=task), results[task].cpu_seconds
             for name, kind in {"PPO": PPO, "SAC": SAC}.items():
 
                 def train(kind: Any = kind, task: str = task, seconds: float = seconds, seed: int = seed) -> Any:
@@ -192,7 +190,8 @@ def run_policies(arguments: argparse.Namespace, dataset: OfflineDataset, model: 
                 def plan(task: str = task, seed: int = seed) -> Any:
                     return make_planner(model, task, seed)
 
-                score(folder / "planning" / f"{task}.json", task, env, plan, arguments.planning_episodes)
+                envs = [make_task(task) for _ in range(arguments.planning_episodes)]  # plans for all in one batch
+                score(folder / "planning" / f"{task}.json", task, envs, plan, arguments.planning_episodes)
 
 
 # 4. Report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -23,13 +23,18 @@ class _Predictor(Protocol):
 
 
 def episode_returns(
-    agent: _Predictor, env: gym.Env, episodes: int = 10, seed: int = 0, deterministic: bool = True
+    agent: _Predictor,
+    env: gym.Env | Sequence[gym.Env],
+    episodes: int = 10,
+    seed: int = 0,
+    deterministic: bool = True,
 ) -> np.ndarray:
     """Run whole episodes, each from a seed of its own, so that two agents meet the same initial states.
 
     Args:
         agent: Anything with SB3's `predict`.
-        env: A real env.
+        env: A real env; or several equal ones, in which as many episodes run side by side, the agent answering for
+            all of them at once. That is faster for large networks and for planners.
         episodes: Episodes to run.
         seed: Episode i is reset with seed + i.
         deterministic: Act without exploration noise.
@@ -44,7 +49,11 @@ def episode_returns(
 
 
 def episode_outcomes(
-    agent: _Predictor, env: gym.Env, episodes: int = 10, seed: int = 0, deterministic: bool = True
+    agent: _Predictor,
+    env: gym.Env | Sequence[gym.Env],
+    episodes: int = 10,
+    seed: int = 0,
+    deterministic: bool = True,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Run whole episodes as `episode_returns` does, and look at whether they succeed too.
 
@@ -57,18 +66,32 @@ def episode_outcomes(
     """
     if episodes < 1:
         raise ValueError(f"`episodes` must be >= 1, got {episodes}.")
-    returns, successes = np.zeros(episodes), []
-    for episode in range(episodes):
-        observation, _ = env.reset(seed=seed + episode)
-        state, ended, infos = None, False, dict[str, Any]()
-        while not ended:
-            action, state = agent.predict(observation, state, deterministic=deterministic)
-            observation, reward, terminated, truncated, infos = env.step(action)
-            returns[episode] += float(reward)
-            ended = terminated or truncated
-        if "is_success" in infos:
-            successes.append(bool(infos["is_success"]))
-    return returns, np.array(successes) if len(successes) == episodes else None
+    envs = [env] if isinstance(env, gym.Env) else list(env)
+    returns, successes = np.zeros(episodes), dict[int, bool]()
+    for first in range(0, episodes, len(envs)):
+        running = dict(enumerate(range(first, min(first + len(envs), episodes))))  # env -> episode
+        observations = [envs[k].reset(seed=seed + i)[0] for k, i in running.items()]
+        state = None
+        while running:
+            batch = observations[0] if isinstance(env, gym.Env) else _stacked(observations)
+            actions, state = agent.predict(batch, state, deterministic=deterministic)
+            for k, i in list(running.items()):
+                action = actions if isinstance(env, gym.Env) else actions[k]
+                observations[k], reward, terminated, truncated, infos = envs[k].step(action)
+                returns[i] += float(reward)
+                if terminated or truncated:
+                    del running[k]
+                    if "is_success" in infos:
+                        successes[i] = bool(infos["is_success"])
+    told = len(successes) == episodes
+    return returns, np.array([successes[i] for i in range(episodes)]) if told else None
+
+
+def _stacked(observations: list[Any]) -> Any:
+    """Make a batch, (E, *shape), of E observations; by key where they are dicts."""
+    if isinstance(observations[0], dict):
+        return {key: np.stack([one[key] for one in observations]) for key in observations[0]}
+    return np.stack(observations)
 
 
 def record_video(

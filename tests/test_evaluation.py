@@ -62,6 +62,21 @@ def test_each_episode_has_a_seed_of_its_own(terminates: bool):
     np.testing.assert_array_equal(returns[1:], episode_returns(Constant(), Counter(terminates), episodes=2, seed=11))
 
 
+class Batched(Constant):
+    """Acts in several envs at once, remembering for each."""
+
+    def predict(self, observation: Any, state: Any = None, *, deterministic: bool) -> tuple[np.ndarray, Any]:
+        before = np.zeros(len(observation)) if state is None else state
+        np.testing.assert_array_equal(before, observation[:, 0])
+        return np.full((len(observation), 1), 0.5), observation[:, 0] + 1
+
+
+def test_several_envs_play_the_same_episodes_side_by_side():
+    alone = episode_returns(Constant(), Counter(), episodes=5, seed=10)
+    together = episode_returns(Batched(), [Counter() for _ in range(2)], episodes=5, seed=10)
+    np.testing.assert_allclose(together, alone)
+
+
 def test_exploration_can_be_scored_too():
     (noisy,) = episode_returns(Constant(), Counter(), episodes=1, seed=0, deterministic=False)
     (quiet,) = episode_returns(Constant(), Counter(), episodes=1, seed=0)

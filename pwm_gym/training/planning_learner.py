@@ -41,8 +41,8 @@ class PlanningLearner:
         entropy_coef: Weight of the prior's entropy bonus.
         tau: How far targets, and the scale of values, move in an update. In [0, 1].
         max_grad_norm: Bound of the prior's gradient norm.
-        seed: Of the noise of the prior's actions, and of which members are compared; or a generator, on the model's
-            device, to draw both from.
+        seed: Of the noise of the prior's actions, and of which members are compared; or a generator of the caller's, on
+            the model's device, to draw both from.
 
     Attributes:
         optimizer: The prior's Adam.
@@ -78,9 +78,8 @@ class PlanningLearner:
         self.optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, eps=1e-5, fused=True)
         self.entropy_coef, self.tau, self.max_grad_norm = entropy_coef, tau, max_grad_norm
         self.scale = torch.ones((), dtype=world_model.dtype, device=world_model.device)
-        if isinstance(seed, int):
-            seed = torch.Generator(world_model.device).manual_seed(seed)
-        self._generator = seed
+        self._owns_generator = isinstance(seed, int)
+        self._generator = torch.Generator(world_model.device).manual_seed(seed) if isinstance(seed, int) else seed
 
     def value_loss(
         self,
@@ -154,10 +153,11 @@ class PlanningLearner:
     def state_dict(self) -> dict[str, Any]:
         """Give all that is not in the world model itself, to go on from."""
         state = {"optimizer": self.optimizer.state_dict(), "scale": self.scale.clone()}
-        return {**state, "generator": self._generator.get_state()}
+        return {**state, "generator": self._generator.get_state()} if self._owns_generator else state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Go on from what `state_dict` gave. It has to be complete; SB3 passes `strict` as it does to modules."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale.copy_(state["scale"])
-        self._generator.set_state(state["generator"].cpu())
+        if self._owns_generator:
+            self._generator.set_state(state["generator"].cpu())
