@@ -3,9 +3,9 @@
     python benchmarks/latency.py                    # results/planning/latency.csv
     python benchmarks/latency.py --device cuda --out latency_gpu.csv
 
-The agents are untrained: what they answer does not change how long it takes. They take turns, so that whatever else the
-machine does meets all of them; medians are reported, and ratios between medians of the same run. Each call is SB3's
-`predict` on NumPy observations, as an evaluation makes it: the planner gets its state back, and begins with the last plan.
+The agents are untrained: what they answer does not change how long it takes. They take turns, so that whatever else
+the machine does meets all of them; medians are reported, and ratios between medians of the same run. Each call is SB3's
+`predict` on NumPy observations, as an evaluation makes it: planners get their state back, and begin with the last plan.
 """
 
 from __future__ import annotations

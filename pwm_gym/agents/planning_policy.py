@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
@@ -21,7 +22,7 @@ from pwm_gym.training import fast_matmul, make_model_optimizer
 __all__ = ["PlannedPWM", "PlanningPolicy", "TDMPC2Policy", "plan_with"]
 
 
-class PlanningPolicy(SafeFile):
+class PlanningPolicy(BasePolicy):
     """Acts on real observations by a plan for each env; `predict`'s state is what the next plan begins with."""
 
     generator: torch.Generator | None = None  # of all randomness but that of deterministic plans; None: torch's global
@@ -94,7 +95,7 @@ class PlanningPolicy(SafeFile):
         return self(observation, deterministic)
 
 
-class TDMPC2Policy(PlanningPolicy):
+class TDMPC2Policy(PlanningPolicy, SafeFile):
     """TD-MPC2's world model, with value ensemble and policy prior, and the planner that acts with it.
 
     Args:
@@ -186,6 +187,14 @@ class PlannedPWM(PlanningPolicy):
         """The planner, on the agent's present world model."""
         self._planner.world_model = self._agent.world_model
         return self._planner
+
+    def save(self, path: str) -> None:
+        """Refuse: save the agent instead.
+
+        Raises:
+            NotImplementedError: Always; nothing here is not in the agent's own file.
+        """
+        raise NotImplementedError("a plan on top has no weights of its own: save the agent, and call plan_with again.")
 
     def _prior(self, z: Tensor, noise: Tensor, _: Any) -> Tensor:
         return self._agent.policy.actor.latent_actor(z, noise)[0]

@@ -230,7 +230,7 @@ class TDMPC2(ModelBasedAlgorithm):
         with fast_matmul(self.device), torch.random.fork_rng(devices=cuda):
             torch.manual_seed(int(self._rng.integers(2**63)))  # dropout draws from torch's global generator
             for _ in range(gradient_steps):
-                metrics = update_world_model(
+                self._metrics = update_world_model(
                     self.world_model,
                     self.policy.model_optimizer,
                     self.sequence_replay(),
@@ -242,7 +242,6 @@ class TDMPC2(ModelBasedAlgorithm):
                     self.planning,
                 )
         self._n_updates += gradient_steps
-        self._metrics = metrics
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def collect_rollouts(

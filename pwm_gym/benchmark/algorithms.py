@@ -24,6 +24,7 @@ __all__ = ["ALGORITHMS", "Algorithm", "algorithm_of", "check_arguments", "env_id
 
 _ROLLOUT, _MINIBATCH = 2048, 64  # SB3's defaults of PPO's n_steps and batch_size
 _MOST_ENVS = 64
+_FILM = 240  # pixels
 
 
 class Algorithm(NamedTuple):
@@ -171,7 +172,8 @@ def real_env(algorithm: Algorithm, env_id: str, model: str | None, render_mode: 
     Raises:
         ValueError: If the model doesn't fit the task.
     """
-    env = gym.make(env_id, render_mode=render_mode)
+    size: dict[str, Any] = {"height": _FILM, "width": _FILM} if render_mode and env_id.startswith("pwm_gym/") else {}
+    env = gym.make(env_id, render_mode=render_mode, **size)
     if model is None:
         return env
     seen = LatentObservation(env, WorldModel.load(model))

@@ -103,7 +103,7 @@ def run(
         for name, given in {"algorithm": algorithms, "task": tasks, "seed": seeds}.items():
             if not len(given):
                 raise ValueError(f"expected at least one {name}, got none.")
-        cells = tuple(Cell(a, t, s) for s in seeds for t in tasks for a in algorithms)
+        cells = tuple(dict.fromkeys(Cell(a, t, s) for s in seeds for t in tasks for a in algorithms))
         budgets = {a: frames if isinstance(frames, int) else _budget(frames, a) for a in algorithms}
         asked = {a: dict(settings) for a, settings in (arguments or {}).items()}
         study = Study(path, cells, budgets, every, episodes, asked, world_model, data)

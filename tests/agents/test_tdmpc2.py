@@ -126,19 +126,19 @@ def test_learns_predicts_and_survives_a_file(case: str, toy: Any, differences: A
 def test_half_a_run_saved_loaded_and_gone_on_with_is_bit_equal_to_a_whole_one(n: int, differences: Any, tmp_path: Any):
     """Dropout included, which draws from torch's global generator."""
     fields = {"world_model_kwargs": {**SIZES, "dropout": 0.5}, "planner_kwargs": PLANNER}
-    whole, half = (make(make_vec_env(pendulum, n), policy_kwargs=fields).learn(steps * n) for steps in (48, 24))
+    whole, half = (make(make_vec_env(pendulum, n), policy_kwargs=fields).learn(steps * n) for steps in (80, 40))
     half.save(tmp_path / "agent")
     half.save_replay_buffer(tmp_path / "replay")
     resumed = TDMPC2.load(tmp_path / "agent", env=make_vec_env(pendulum, n), device="cpu")
     resumed.load_replay_buffer(tmp_path / "replay")
     torch.manual_seed(99)
-    resumed.learn(24 * n, reset_num_timesteps=False)
-    assert (resumed.num_timesteps, resumed._n_updates) == (48 * n, whole._n_updates)
+    resumed.learn(40 * n, reset_num_timesteps=False)
+    assert (resumed.num_timesteps, resumed._n_updates) == (80 * n, whole._n_updates)
     assert differences(half, resumed) != []
     assert differences(whole, resumed) == []
     assert torch.equal(whole.planning.scale, resumed.planning.scale)
     for name in ("observations", "actions", "rewards"):
-        ours, theirs = getattr(whole.replay_buffer, name)[:48], getattr(resumed.replay_buffer, name)[:48]
+        ours, theirs = getattr(whole.replay_buffer, name)[:80], getattr(resumed.replay_buffer, name)[:80]
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -150,7 +150,7 @@ def test_equal_seeds_give_bit_equal_runs_and_other_seeds_do_not(toy: Any, differ
 
 def test_one_update_for_each_step_of_each_env_is_the_default(toy: Any):
     assert make(toy(), train_freq=1, gradient_steps=-1).learn(20)._n_updates == 2 + 10
-    assert make(make_vec_env(toy, 3), train_freq=1, gradient_steps=-1).learn(24)._n_updates == 2 + 12
+    assert make(make_vec_env(toy, 3), train_freq=1, gradient_steps=-1).learn(24)._n_updates == 2 + 15
 
 
 def test_the_seed_episodes_are_learned_from_once(toy: Any, tmp_path: Any):
@@ -276,7 +276,8 @@ def test_evaluate_policy_hands_states_on_and_begins_anew_with_each_episode(toy: 
 
 
 def test_collecting_warm_starts_each_env_and_begins_anew_with_each_episode(toy: Any):
-    agent = make(DummyVecEnv([lambda: toy(length=3), lambda: toy(length=4)]), learning_starts=0, gradient_steps=0)
+    env = DummyVecEnv([lambda: toy(length=3), lambda: toy(length=4)])
+    agent = make(env, learning_starts=0, train_freq=1, gradient_steps=0)
     calls = watch(agent)
     agent.learn(12)
     assert calls[0][0] is None
@@ -302,10 +303,22 @@ def test_stored_actions_are_the_executed_ones_in_units_of_the_model(toy: Any):
             executed.append(action)
             return super().step(action)
 
-    agent = make(Recording(None, box), learning_starts=0, gradient_steps=0).learn(8)
-    stored = agent.replay_buffer.actions[:8, 0]
+    agent = make(Recording(None, box), learning_starts=0, gradient_steps=0).learn(10)
+    stored = agent.replay_buffer.actions[:10, 0]
     np.testing.assert_allclose(agent.policy.unscale_action(stored), executed, rtol=1e-5, atol=1e-6)
     assert np.abs(stored).max() <= 1.0
+
+
+def test_a_copy_of_a_policy_plans_with_its_own_model(toy: Any):
+    policy = make(toy(), world_model=make_model()).policy
+    copied = copy.deepcopy(policy)
+    observation = np.array([0.3, -0.2, 0.5], np.float32)
+    before, _ = copied.predict(observation, deterministic=True)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+    np.testing.assert_array_equal(copied.predict(observation, deterministic=True)[0], before)
+    assert not np.array_equal(policy.predict(observation, deterministic=True)[0], before)
 
 
 def test_a_state_of_other_envs_is_refused(toy: Any):
@@ -453,6 +466,8 @@ def test_plans_on_top_of_pwm_use_its_policy_and_critics(make_agent: Any, toy: An
     plan = planner.plan(z, noise, deterministic=True)
     np.testing.assert_allclose(actions, plan.actions.numpy(), rtol=1e-5, atol=1e-6)
     assert not np.array_equal(actions, agent.predict(observations, deterministic=True)[0])
+    with pytest.raises(NotImplementedError, match="save the agent, and call plan_with again"):
+        planned.save("planned")
     calls = watch(planned)
     evaluate_policy(planned, DummyVecEnv([toy, toy]), n_eval_episodes=2, warn=False)
     assert len(calls) == 8
