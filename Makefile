@@ -14,8 +14,8 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := pwm_gym examples benchmarks tests
 
-.PHONY: help venv demo test test-expensive ground-truth-study sb3-suite lint format type spell commit-checks coverage \
-	rendering clean
+.PHONY: help venv demo test test-expensive ground-truth-study multitask-study sb3-suite lint format type spell \
+	commit-checks coverage rendering clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -60,6 +60,10 @@ ground-truth-study: $(STAMP)  ## Gradients of true dynamics against those of mod
 
 sb3-suite: $(STAMP)  ## Run Stable-Baselines3's own test-suite against PWM
 	$(BIN)/python tests/sb3_suite/run.py $(ARGS)
+
+# Hours on two cores. A task, a model or a policy that is done is not done again.
+multitask-study: $(STAMP) rendering  ## One multi-task model, a policy for each task: data, model, policies, table
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python benchmarks/multitask_study.py $(ARGS)
 
 lint: $(STAMP)  ## Check style and format, change nothing
 	$(BIN)/ruff check $(CHECKED)

@@ -7,6 +7,7 @@ from pwm_gym.agents import PWM, SHAC, TDMPC2, load_pwm_agent, plan_with
 from pwm_gym.checkpoints import export_tdmpc2, load_pwm, load_tdmpc2
 from pwm_gym.datasets import OfflineDataset
 from pwm_gym.envs.factory import make_differentiable
+from pwm_gym.extraction import extract
 from pwm_gym.her import HerSequenceReplayBuffer
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.planning import Planner
@@ -33,6 +34,7 @@ __all__ = [
     "WorldModelConfig",
     "as_sb3_vec_env",
     "export_tdmpc2",
+    "extract",
     "fit_world_model",
     "load_pwm",
     "load_pwm_agent",

@@ -8,11 +8,15 @@ import pathlib
 from collections.abc import Sequence
 
 import rich
+from stable_baselines3.common.utils import get_device
 
+from pwm_gym.agents import PWM
 from pwm_gym.collection import collect
 from pwm_gym.datasets import OfflineDataset
+from pwm_gym.extraction import SETTINGS, extract
 from pwm_gym.replay import SequenceReplayBuffer
 from pwm_gym.training import PAPER, pretrain
+from pwm_gym.world_model import WorldModel
 
 __all__ = ["main"]
 
@@ -129,6 +133,45 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_extract(parser: argparse.ArgumentParser) -> None:
+    """Make a policy for each task of a world model and score it; a run that was killed goes on when called again."""
+    parser.add_argument("model", metavar="MODEL", help="file of the world model, such as world_model.pt of pretrain")
+    parser.add_argument("path", metavar="DATASET", help="folder of the dataset")
+    parser.add_argument("--out", required=True, help="folder of the run: agents, table, plot")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to make policies for; all without")
+    names = ["updates", "num_envs", "real_steps", "episodes", "checkpoint_every", "seed"]
+    for name in names:
+        default = inspect.signature(extract).parameters[name].default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
+    parser.add_argument("--horizon", type=int, default=SETTINGS["horizon"], help="default: %(default)s")
+    parser.add_argument(
+        "--together", type=int, help="tasks in one batched program, 1 for one after another; all without"
+    )
+    parser.add_argument("--shared", action="store_true", help="one policy, conditioned on the task, instead of many")
+    parser.add_argument("--finetune", action="store_true", help="go on fitting the model to the tasks' data")
+    parser.add_argument("--released", action="store_true", help="settings of PWM's released code: PWM.RELEASED")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+
+    def run(args: argparse.Namespace) -> None:
+        settings = {**(PWM.RELEASED if args.released else {}), "horizon": args.horizon}
+        extract(
+            WorldModel.load(args.model, get_device(args.device)),
+            OfflineDataset.load(args.path),
+            args.tasks,
+            out=args.out,
+            together=args.together,
+            shared=args.shared,
+            finetune=args.finetune,
+            progress_bar=True,
+            reward_in_task_units=False if args.released else None,
+            **{name: getattr(args, name) for name in names},
+            **settings,
+        )
+        rich.print((pathlib.Path(args.out) / "table.md").read_text(encoding="utf-8"))
+
+    parser.set_defaults(run=run)
+
+
 def _add_summary(parser: argparse.ArgumentParser) -> None:
     """Show a dataset's episodes, steps and returns by task."""
     parser.add_argument("path", help="folder of the dataset")
@@ -145,6 +188,7 @@ def _add_summary(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = {
     "collect": _add_collect,
+    "extract": _add_extract,
     "import-tdmpc2": _add_import_tdmpc2,
     "import-minari": _add_import_minari,
     "import-replay": _add_import_replay,

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
 from pwm_gym.agents import PWM
 from pwm_gym.datasets import Episode, OfflineDataset
 from pwm_gym.datasets.storage import DatasetWriter, Layout
+from pwm_gym.envs.factory import make_task
 from pwm_gym.progress import show_progress
 from pwm_gym.serialization import atomic_write
 
@@ -242,14 +242,7 @@ class _Player:
 
     def _env(self, index: int) -> gym.Env:
         if index not in self.envs:
-            name = self.plan.env_ids[index]
-            ours = f"pwm_gym/{name}-v0"
-            env = gym.make(ours if ours in gym.registry else name, **self.plan.env_kwargs)
-            if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded("both"):
-                raise ValueError(f"expected bounded Box actions in {name!r}, got {env.action_space}.")
-            if not isinstance(env.observation_space, spaces.Box) or len(env.observation_space.shape) != 1:
-                env = gym.wrappers.FlattenObservation(env)
-            self.envs[index] = env
+            self.envs[index] = make_task(self.plan.env_ids[index], **self.plan.env_kwargs)
         return self.envs[index]
 
     def _agent(self, agent: Agent, name: str) -> Any:

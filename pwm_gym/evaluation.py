@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pwm_gym.serialization import atomic_write
 
-__all__ = ["episode_returns", "plot_learning_curves", "record_video"]
+__all__ = ["episode_outcomes", "episode_returns", "plot_learning_curves", "record_video"]
 
 
 class _Predictor(Protocol):
@@ -45,10 +45,29 @@ def episode_returns(
     Raises:
         ValueError: If `episodes` < 1.
     """
+    return episode_outcomes(agent, env, episodes, seed, deterministic)[0]
+
+
+def episode_outcomes(
+    agent: _Predictor,
+    env: gym.Env | Sequence[gym.Env],
+    episodes: int = 10,
+    seed: int = 0,
+    deterministic: bool = True,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Run whole episodes as `episode_returns` does, and look at whether they succeed too.
+
+    Returns:
+        Undiscounted returns, (episodes,), in task units; and the last step's `is_success`, (episodes,), bool, or None
+        where the env doesn't tell.
+
+    Raises:
+        ValueError: If `episodes` < 1.
+    """
     if episodes < 1:
         raise ValueError(f"`episodes` must be >= 1, got {episodes}.")
     envs = [env] if isinstance(env, gym.Env) else list(env)
-    returns = np.zeros(episodes)
+    returns, successes = np.zeros(episodes), dict[int, bool]()
     for first in range(0, episodes, len(envs)):
         running = dict(enumerate(range(first, min(first + len(envs), episodes))))  # env -> episode
         observations = [envs[k].reset(seed=seed + i)[0] for k, i in running.items()]
@@ -58,11 +77,14 @@ def episode_returns(
             actions, state = agent.predict(batch, state, deterministic=deterministic)
             for k, i in list(running.items()):
                 action = actions if isinstance(env, gym.Env) else actions[k]
-                observations[k], reward, terminated, truncated, _ = envs[k].step(action)
+                observations[k], reward, terminated, truncated, infos = envs[k].step(action)
                 returns[i] += float(reward)
                 if terminated or truncated:
                     del running[k]
-    return returns
+                    if "is_success" in infos:
+                        successes[i] = bool(infos["is_success"])
+    told = len(successes) == episodes
+    return returns, np.array([successes[i] for i in range(episodes)]) if told else None
 
 
 def _stacked(observations: list[Any]) -> Any:

@@ -116,7 +116,7 @@ def td_lambda_returns(
         ValueError: If the tensors differ in shape, or `ends[-1]` is not all True.
     """
     shapes = {tuple(x.shape) for x in (rewards, next_values, ends, continues) if x is not None}
-    if len(shapes) != 1 or rewards.ndim != 2:
+    if len(shapes) != 1 or rewards.ndim < 2:
         raise ValueError(f"expected tensors of one shape (H, B), got {sorted(shapes)}. Stack them time first.")
     if not bool(ends[-1].all()):
         raise ValueError("`ends[-1]` must be True for every env: the rollout's last step ends all segments.")

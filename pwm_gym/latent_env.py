@@ -55,7 +55,9 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         latents: Latents to start from, (N, Z), array or tensor, sampled uniformly; instead of `start`.
         task: Name or index of the task for a multi-task model, whose single-task form the env then holds
             (`WorldModel.for_task`); None for a single-task one. Of a dataset of several tasks only this task's
-            episodes are starts; observations may be padded as the multi-task model's.
+            episodes are starts; observations may be padded as the multi-task model's. Or a sequence of K tasks: the
+            env then keeps the multi-task model with its padded spaces, its first B / K envs are of the first task, the
+            next of the second and so on, and `reset(options=...)` gives the starts.
         render_mode: "rgb_array" or None.
         render_env: A registered pwm_gym/<task>-v0 env with render_mode="rgb_array", in which `render` replays the
             imagined actions from the start's physics state. The start must know it: a real env does, a replay buffer
@@ -91,7 +93,7 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         termination: str = "threshold",
         termination_threshold: float = 0.5,
         latents: Tensor | np.ndarray | None = None,
-        task: int | str | None = None,
+        task: int | str | Sequence[int | str] | None = None,
         render_mode: str | None = None,
         render_env: gym.Env | None = None,
         render_frames: tuple[Any, np.ndarray] | None = None,
@@ -118,10 +120,22 @@ class LatentVectorEnv(DifferentiableVectorEnv):
                     f"{tuple(latents.shape)}."
                 )
         self._padded_dim = world_model.config.observation_dim
-        index = world_model.config.task_index(task)
-        if index is not None and len(getattr(start, "tasks", ())) > 1:  # an `OfflineDataset` of several tasks
-            start = start.of_tasks((world_model.config.tasks or start.tasks)[index])
-        world_model = world_model.for_task(task)
+        self.task_rows: Tensor | None = None  # (B,), task of each env, where there are several
+        if isinstance(task, Sequence) and not isinstance(task, str):
+            indices = [world_model.config.task_index(one) for one in task]
+            if not indices or None in indices or num_envs % len(indices) or start is not None or latents is not None:
+                raise ValueError(
+                    f"expected several tasks of a multi-task model, a multiple of {len(task)} as `num_envs`, and no "
+                    f"starts but those of reset(options=...); got {task}, {num_envs} envs, {type(start).__name__}."
+                )
+            self.task_rows = torch.tensor(indices, device=world_model.device).repeat_interleave(
+                num_envs // len(indices)
+            )
+        else:
+            index = world_model.config.task_index(task)
+            if index is not None and len(getattr(start, "tasks", ())) > 1:  # an `OfflineDataset` of several tasks
+                start = start.of_tasks((world_model.config.tasks or start.tasks)[index])
+            world_model = world_model.for_task(task)
         self.world_model, self.horizon = world_model, horizon
         self.num_envs = num_envs
         self.termination, self.termination_threshold = termination, termination_threshold
@@ -205,13 +219,18 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         if options.get("observations") is not None:
             observations = self._preprocess(options["observations"])
             self._check_start(observations, "observations", self.world_model.config.observation_dim)
-            return self._model.encode(observations[rows]), states
+            tasks = None if self.task_rows is None else self.task_rows[rows]
+            return self._model.encode(observations[rows], tasks), states
         return self._draw_starts(len(rows), self.np_random)
 
     def _draw_starts(self, count: int, rng: np.random.Generator) -> tuple[Tensor, np.ndarray | None]:
         if self._start_latents is not None:
             index = torch.from_numpy(rng.integers(len(self._start_latents), size=count))
             return self._start_latents[index].to(self.device, self.world_model.dtype), None
+        observations, states = self._draw_observations(count, rng)
+        return self._model.encode(observations), states
+
+    def _draw_observations(self, count: int, rng: np.random.Generator) -> tuple[Tensor, np.ndarray | None]:
         if self._sampler is None:
             raise ValueError(
                 "this env has no start states. Give `start` or `latents` to the constructor, or observations to "
@@ -221,7 +240,7 @@ class LatentVectorEnv(DifferentiableVectorEnv):
         observations = self._preprocess(starts.observations)
         if len(observations) != count:
             raise ValueError(f"expected {count} starts from the start sampler, got {len(observations)}.")
-        return self._model.encode(observations), starts.physics_state
+        return observations, starts.physics_state
 
     @torch.no_grad()
     def sample_starts(self, count: int, rng: np.random.Generator) -> Tensor:
@@ -231,6 +250,14 @@ class LatentVectorEnv(DifferentiableVectorEnv):
             ValueError: If the env has no start states.
         """
         return self._draw_starts(count, rng)[0]
+
+    def sample_observations(self, count: int, rng: np.random.Generator) -> Tensor:
+        """Sample the real observations that episodes begin with, preprocessed, (count, O), as `sample_starts` does.
+
+        Raises:
+            ValueError: If the env has no start states, or only latents.
+        """
+        return self._draw_observations(count, rng)[0]
 
     def _preprocess(self, observations: Any) -> Tensor:
         """Preprocess the task's real observations, or such with a multi-task model's padding: (N, O)."""
@@ -339,8 +366,8 @@ class LatentVectorEnv(DifferentiableVectorEnv):
                 f"reset(options={{'reset_mask': terminated | truncated}}) first, or use another autoreset_mode."
             )
         unit_actions = self._scale(self._check_actions(actions))  # (B, A)
-        next_z, rewards = self._model(z, unit_actions)  # (B, Z), (B,)
-        end_prob = self.world_model.termination(next_z)  # (B,)
+        next_z, rewards = self._model(z, unit_actions, self.task_rows)  # (B, Z), (B,)
+        end_prob = self.world_model.termination(next_z, self.task_rows)  # (B,)
         if self._replay is not None:
             self._replay.record(actions)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call, vmap
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,32 +22,47 @@ __all__ = [
     "NormedEnsemble",
     "NormedLinear",
     "SimNorm",
+    "Stacked",
+    "block",
     "mlp",
 ]
+
+
+def _mish_gate(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With s = sigmoid(x) and p = s (2 - s), compute tanh(softplus(x)) = p / (2 - p), s, and 2 - p."""
+    s = torch.sigmoid(x)
+    p = torch.addcmul(s, s, s, value=-0.5).mul_(2.0)
+    rest = 2.0 - p
+    return p.div_(rest), s, rest
 
 
 class _MishFunction(torch.autograd.Function):
     """Mish from vectorised primitives, with its derivative computed on the way forward.
 
-    With s = sigmoid(x) and p = s (2 - s):  tanh(softplus(x)) = p / (2 - p) =: t,  dt/dx = 4 s (1 - s)² / (2 - p)².
+    With t, s and 2 - p of `_mish_gate`:  dt/dx = 4 s (1 - s)² / (2 - p)².
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        s = torch.sigmoid(x)
-        p = torch.addcmul(s, s, s, value=-0.5).mul_(2.0)
-        rest = 2.0 - p
-        t = p.div_(rest)
-        if ctx.needs_input_grad[0]:
-            slope = (1.0 - s).div_(rest)
-            slope.square_().mul_(s).mul_(x)  # x s (1 - s)² / (2 - p)²
-            ctx.save_for_backward(torch.add(t, slope, alpha=4.0))
-        return t.mul_(x)
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        t, s, rest = _mish_gate(x)
+        slope = (1.0 - s).div_(rest)
+        slope.square_().mul_(s).mul_(x)  # x s (1 - s)² / (2 - p)²
+        derivative = torch.add(t, slope, alpha=4.0)
+        return t.mul_(x), derivative
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
 
     @staticmethod
     @once_differentiable  # the saved slope is a constant: second derivatives would be wrong without a word
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
         return grad * ctx.saved_tensors[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        return _MishFunction.apply(x), (in_dims[0], in_dims[0])
 
 
 class Mish(nn.Module):
@@ -56,7 +73,9 @@ class Mish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply Mish element by element."""
-        return _MishFunction.apply(x) if x.device.type == "cpu" else F.mish(x)
+        if x.device.type != "cpu":
+            return F.mish(x)
+        return _MishFunction.apply(x)[0] if torch.is_grad_enabled() else _mish_gate(x)[0].mul_(x)
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"mish": Mish, "relu": nn.ReLU}
@@ -249,3 +268,72 @@ class NormedEnsemble(nn.Sequential):
         """Evaluate all members on (..., in) and return (E, ..., out)."""
         flat = x.reshape(-1, x.shape[-1]).expand(self.ensemble, -1, -1)  # (E, N, in)
         return super().forward(flat).reshape(self.ensemble, *x.shape[:-1], -1)
+
+
+class Stacked(nn.Module):
+    """K modules of one architecture as one program: parameters gain a leading axis K; inputs and outputs have one, too.
+
+    A parameter that is wider in some of the modules, such as a layer for several actions, is padded with zeros on the
+    right. What a module computes must then not depend on its padding.
+
+    The modules keep their own parameters; `read` copies them here, which the constructor does, and `write` copies back.
+
+    Args:
+        modules: The modules, without buffers.
+        in_dim: Axis of the inputs along which the members stand.
+        out_dim: The same of the outputs.
+
+    Example:
+        >>> stacked = Stacked([nn.Linear(3, 1), nn.Linear(3, 2)])
+        >>> stacked(torch.zeros(2, 5, 3)).shape, stacked.leading("weight").shape
+        (torch.Size([2, 5, 2]), torch.Size([2, 2, 3]))
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], in_dim: int = 0, out_dim: int = 0) -> None:
+        super().__init__()
+        self.members = (*modules,)  # in a tuple, so that their parameters aren't this module's too
+        self._template = (copy.deepcopy(modules[0]),)
+        self._parameter_names = [name for name, _ in modules[0].named_parameters()]
+        for name in self._parameter_names:
+            own = [member.get_parameter(name) for member in modules]
+            shape = torch.Size(max(sizes) for sizes in zip(*(p.shape for p in own), strict=True))
+            stacked = nn.Parameter(own[0].new_zeros((len(own), *shape)), own[0].requires_grad)
+            self.register_parameter(name.replace(".", "_"), stacked)
+        self.read()
+        self._in_dim, self._out_dim = in_dim, out_dim
+
+    def leading(self, name: str) -> nn.Parameter:
+        """Give the stacked form, (K, ...), of the members' parameter of that name."""
+        return self.get_parameter(name.replace(".", "_"))
+
+    def pairs(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """List each stacked parameter with the members' own, (K, ...) and K times (...)."""
+        return [(self.leading(n), [member.get_parameter(n) for member in self.members]) for n in self._parameter_names]
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Copy the members' parameters here."""
+        for stacked, own in self.pairs():
+            for k, parameter in enumerate(own):
+                block(stacked[k], parameter.shape).copy_(parameter)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Copy the parameters back into the members."""
+        for stacked, own in self.pairs():
+            for k, parameter in enumerate(own):
+                parameter.copy_(block(stacked[k], parameter.shape))
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Apply each member to its own part of the inputs."""
+
+        def call_one(parameters: dict[str, Tensor], *own: Tensor) -> Any:
+            return functional_call(self._template[0], parameters, own)
+
+        parameters: dict[str, Tensor] = {name: self.leading(name) for name in self._parameter_names}
+        return vmap(call_one, (0, *[self._in_dim] * len(inputs)), self._out_dim)(parameters, *inputs)
+
+
+def block(padded: Tensor, shape: Sequence[int]) -> Tensor:
+    """View the first entries along each axis of a padded tensor, (*shape)."""
+    return padded[tuple(slice(0, size) for size in shape)]

@@ -1,14 +1,17 @@
-"""The progress bar of every long step: rate and remaining time."""
+"""The progress bars of long steps, with remaining time: one bar, or one for each task and one for all."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tqdm import TqdmExperimentalWarning, tqdm
 from tqdm.rich import tqdm as rich_tqdm
 
-__all__ = ["show_progress"]
+__all__ = ["show_progress", "show_task_progress"]
 
 
 def show_progress(total: float, description: str, unit: str, shown: bool = True, initial: float = 0) -> Any:
@@ -31,3 +34,46 @@ def show_progress(total: float, description: str, unit: str, shown: bool = True,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TqdmExperimentalWarning)
         return rich_tqdm(total=total, desc=description, unit=unit, initial=initial, **scale)
+
+
+class TaskProgress:
+    """Bars of several tasks and of all together.
+
+    Args:
+        bars: Draws them; None to show nothing.
+        totals: Units of each task.
+    """
+
+    def __init__(self, bars: Progress | None, totals: Mapping[str, float]) -> None:
+        self._bars = bars
+        self._rows: dict[str, Any] = {}
+        if bars is not None:
+            self._rows = {task: bars.add_task(task, total=total) for task, total in totals.items()}
+            self._all = bars.add_task("all tasks", total=sum(totals.values()))
+
+    def advance(self, tasks: Sequence[str], units: float) -> None:
+        """Count `units` more of each of the tasks."""
+        if self._bars is not None:
+            for task in tasks:
+                self._bars.advance(self._rows[task], units)
+            self._bars.advance(self._all, units * len(tasks))
+
+
+@contextlib.contextmanager
+def show_task_progress(totals: Mapping[str, float], shown: bool = True) -> Iterator[TaskProgress]:
+    """Show a bar for each task and one for all, while the context lasts.
+
+    Args:
+        totals: Units of each task.
+        shown: Show them.
+
+    Example:
+        >>> with show_task_progress({"walk": 3, "run": 3}, shown=False) as progress:
+        ...     progress.advance(["walk", "run"], 3)
+    """
+    if not shown:
+        yield TaskProgress(None, totals)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn()) as bars:
+        yield TaskProgress(bars, totals)

@@ -400,6 +400,28 @@ def test_buffers_without_vectors_or_steps_are_refused():
         OfflineDataset.from_replay_buffer(ReplayBuffer(10, spaces.Box(-1, 1, (3,)), spaces.Discrete(2), "cpu"))
 
 
+@pytest.mark.parametrize("kind", [ReplayBuffer, SequenceReplayBuffer])
+def test_episodes_go_into_a_buffer_and_come_back(kind):
+    rng = np.random.default_rng(0)
+    ends = [(True, False), (False, True), (False, True)]
+    made = [random_episode(rng, n, (3, 2), 0, *end) for n, end in zip((4, 7, 5), ends, strict=True)]
+    dataset = OfflineDataset(made, ["task"])
+    buffer = kind(20, spaces.Box(-9, 9, (3,)), spaces.Box(-1, 1, (2,)), "cpu")
+    dataset.add_to(buffer)
+    assert buffer.size() == 16
+    back = OfflineDataset.from_replay_buffer(buffer, "task")
+    for expected, got in zip(dataset, back, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_episodes_of_other_widths_or_for_several_envs_go_into_no_buffer():
+    dataset = OfflineDataset([random_episode(np.random.default_rng(0), 4, (3, 2))])
+    with pytest.raises(ValueError, match="one of 2"):
+        dataset.add_to(ReplayBuffer(10, spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)), "cpu", 2))
+    with pytest.raises(ValueError, match="2 actions"):
+        dataset.add_to(ReplayBuffer(10, spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (2,)), "cpu"))
+
+
 # Minari
 
 

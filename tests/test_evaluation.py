@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from pwm_gym.evaluation import episode_returns, plot_learning_curves, record_video
+from pwm_gym.evaluation import episode_outcomes, episode_returns, plot_learning_curves, record_video
 
 
 class Counter(gym.Env):
@@ -134,3 +134,32 @@ def test_missing_packages_are_named(tmp_path: Any, monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(ImportError, match=r'pip install "pwm-gym\[examples\]"'):
             run()
+
+
+class Told(gym.Wrapper):
+    """Tells of success where the episode's seed is even."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.even = seed is not None and seed % 2 == 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Any:
+        observation, reward, terminated, truncated, infos = self.env.step(action)
+        return observation, reward, terminated, truncated, {**infos, "is_success": self.even}
+
+
+class Still:
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> Any:
+        return np.zeros(1, np.float32), None
+
+
+def test_success_is_that_of_the_last_step_where_the_env_tells():
+    env = gym.make("Pendulum-v1", max_episode_steps=5)
+    returns, successes = episode_outcomes(Still(), Told(env), 4, seed=1)
+    assert successes is not None
+    assert successes.tolist() == [False, True, False, True]
+    plain, none = episode_outcomes(Still(), env, 4, seed=1)
+    assert none is None
+    assert plain.tolist() == returns.tolist()

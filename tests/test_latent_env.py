@@ -1051,3 +1051,51 @@ def test_the_models_device_decides(mode):
         env = make_env(model, uniform((20, O), seed=9), termination="sample")
         assert data_equivalence(trajectory(env, 0), trajectory(env, 0), exact=True)
     torch.testing.assert_close(results[0], results[1])
+
+
+# Several tasks in one env
+
+
+def make_multi_task_model() -> WorldModel:
+    return make_model(tasks=("slow", "fast", "far"), task_dim=3, observation_dims=(2, 3, 3), action_dims=(1, 2, 2))
+
+
+def test_rows_of_several_tasks_step_as_an_env_of_each_would():
+    model, order = make_multi_task_model(), ("far", "slow")
+    env = LatentVectorEnv(model, num_envs=4, horizon=5, task=order)
+    latents, actions = uniform((4, Z), seed=1), uniform((4, A), seed=2)
+    env.reset(options={"latents": latents})
+    z, rewards, _, _, infos = env.step(actions)
+    for k, task in enumerate(order):
+        rows = slice(2 * k, 2 * k + 2)
+        single = LatentVectorEnv(model, num_envs=2, horizon=5, task=task)
+        single.reset(options={"latents": latents[rows]})
+        own = single.single_action_space.shape[0]  # what stands in the padding has no effect
+        expected_z, expected_rewards, _, _, expected_infos = single.step(actions[rows, :own])
+        torch.testing.assert_close(z[rows], expected_z)
+        torch.testing.assert_close(rewards[rows], expected_rewards)
+        torch.testing.assert_close(infos["continue_prob"][rows], expected_infos["continue_prob"])
+
+
+def test_observations_of_several_tasks_are_encoded_each_with_its_own():
+    model = make_multi_task_model()
+    env = LatentVectorEnv(model, num_envs=2, task=("fast", "slow"))
+    observations = uniform((2, O), seed=3)
+    observations[1, 2] = 0.0  # padding
+    z, _ = env.reset(options={"observations": observations})
+    torch.testing.assert_close(z, model.encode(observations.double(), torch.tensor([1, 0])))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"num_envs": 3}, {"num_envs": 4, "latents": torch.zeros(1, Z)}, {"num_envs": 4, "task": ()}]
+)
+def test_several_tasks_need_as_many_envs_each_and_no_start(arguments):
+    with pytest.raises(ValueError, match="several tasks"):
+        LatentVectorEnv(make_multi_task_model(), **{"task": ("far", "slow"), **arguments})
+
+
+def test_sampled_observations_are_those_that_starts_are_encoded_from():
+    env = make_env()
+    observations = env.sample_observations(5, np.random.default_rng(4))
+    latents = env.sample_starts(5, np.random.default_rng(4))
+    assert torch.equal(env.world_model.encode(observations), latents)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pwm_gym.networks import EnsembleMLP, Mish, NormedLinear, SimNorm, mlp
+from pwm_gym.networks import EnsembleMLP, Mish, NormedLinear, SimNorm, Stacked, mlp
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -153,3 +153,45 @@ def test_ensemble_copies_are_independent() -> None:
     with torch.no_grad():
         ensemble[0].weight.zero_()
     assert target[0].weight.abs().sum() > 0
+
+
+def nets(outputs: tuple[int, ...]) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(3, 5), Mish(), nn.LayerNorm(5), nn.Linear(5, out)) for out in outputs]
+
+
+def test_stacked_modules_answer_and_learn_as_each_does_alone() -> None:
+    members = nets((2, 1, 4))
+    stacked, x = Stacked(members), random(3, 7, 3).float()
+    answers = stacked(x)  # (3, 7, 4)
+    answers.square().sum().backward()
+    for k, member in enumerate(members):
+        alone = member(x[k])
+        torch.testing.assert_close(answers[k, :, : alone.shape[-1]], alone)
+        assert not answers[k, :, alone.shape[-1] :].any()  # the padding has no weights
+        alone.square().sum().backward()
+    for together, own in stacked.pairs():
+        for k, parameter in enumerate(own):
+            inside = together.grad[k][tuple(slice(0, n) for n in parameter.shape)]
+            torch.testing.assert_close(inside, parameter.grad)
+
+
+def test_stacked_parameters_go_back_into_the_members() -> None:
+    members = nets((2, 1))
+    stacked = Stacked(members)
+    before = [parameter.clone() for member in members for parameter in member.parameters()]
+    with torch.no_grad():
+        for parameter in stacked.parameters():
+            parameter.add_(1.0)
+    stacked.write()
+    after = [parameter for member in members for parameter in member.parameters()]
+    assert all(torch.equal(new, old + 1.0) for new, old in zip(after, before, strict=True))
+
+
+def test_stacked_ensembles_put_the_members_where_they_are_wanted() -> None:
+    members = [EnsembleMLP(2, 3, [4], Mish) for _ in range(3)]
+    x = random(6, 3, 7, 3).float()  # (H, K, N, in)
+    values = Stacked(members, -3, -2)(x)
+    assert values.shape == (2, 6, 3, 7)  # (E, H, K, N)
+    for k, member in enumerate(members):
+        torch.testing.assert_close(values[:, :, k], member(x[:, k]))

@@ -75,9 +75,10 @@ def test_wheel_has_one_top_level_package(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pwm_gym"}
 
 
-def test_wheel_holds_every_module_and_the_type_marker(wheel):
+def test_wheel_holds_every_module_the_type_marker_and_published_scores(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in _modules()}
-    assert modules | {"pwm_gym/py.typed"} <= set(wheel.namelist())
+    others = {"pwm_gym/py.typed", "pwm_gym/extraction/published_scores.csv"}
+    assert modules | others <= set(wheel.namelist())
 
 
 def test_wheel_names_its_license(wheel):

@@ -2,6 +2,7 @@
 
 from pwm_gym.agents.planning_policy import TDMPC2Policy, plan_with
 from pwm_gym.agents.policies import PWMPolicy, default_world_model_config
+from pwm_gym.agents.policy_bank import PolicyBank
 from pwm_gym.agents.pwm import PWM
 from pwm_gym.agents.pwm_files import load_pwm_agent
 from pwm_gym.agents.shac import SHAC
@@ -13,6 +14,7 @@ __all__ = [
     "SHAC",
     "TDMPC2",
     "PWMPolicy",
+    "PolicyBank",
     "SHACPolicy",
     "TDMPC2Policy",
     "default_world_model_config",

@@ -1,17 +1,35 @@
-"""First-order actor-critic updates on any differentiable VectorEnv: what PWM and SHAC share."""
+"""First-order actor-critic updates on any differentiable VectorEnv: what PWM and SHAC share.
+
+Where several policies are trained in one program (`PolicyBank`), B stands for (K, B): K tasks of B envs each. Means are
+then taken within a task, and losses summed over tasks, so that each policy gets the gradient that it would get alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
 
 from pwm_gym.differentiable import DifferentiableVectorEnv
 from pwm_gym.functional import td_lambda_returns
+from pwm_gym.networks import Stacked
 
-__all__ = ["Rollout", "critic_targets", "fit_critic", "improve_actor", "rollout", "rollout_returns"]
+__all__ = [
+    "ActorCritic",
+    "Rollout",
+    "critic_targets",
+    "fit_critic",
+    "improve_actor",
+    "improve_policy",
+    "rollout",
+    "rollout_returns",
+]
+
+
+CRITIC_MAX_GRAD_NORM = 100.0  # as in PWM
 
 
 class Policy(Protocol):
@@ -20,7 +38,7 @@ class Policy(Protocol):
     use_sde: bool
 
     def sample_noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw noise for `count` observations."""
+        """Draw noise for `count` observations, (count, ...)."""
 
     def __call__(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Give actions in [-1, 1], (B, A), and -log π(a|z), (B,)."""
@@ -38,6 +56,25 @@ class Rollout(NamedTuple):
     finished: Tensor  # (H, B), bool: the step terminated or truncated its episode
     stiffness: Tensor | None  # (H, B), infos["jacobian_norm"] where the env tells it
     interrupted: bool  # whether a segment ends before the last row
+
+    def by_task(self, count: int) -> Rollout:
+        """View the envs as `count` tasks of as many envs each: (H, B, ...) as (H, K, B, ...)."""
+        return Rollout(*(x.unflatten(1, (count, -1)) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+
+
+class ActorCritic(NamedTuple):
+    """What `improve_policy` improves, of one policy or of several in one program."""
+
+    actor: nn.Module
+    critic: nn.Module  # V
+    target: nn.Module  # its slowly moving copy, frozen
+    actor_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    scale: Callable[[Tensor], Tensor]  # gives the returns' deviation, () from (B,)
+    entropy_coefficient: Callable[[Tensor], Tensor]  # gives the entropy's weight, () from the mean entropy ()
+    generator: (
+        torch.Generator | Sequence[torch.Generator] | None
+    )  # of the critic's minibatches; one for each of K tasks
 
 
 def _to_action_space(env: DifferentiableVectorEnv, actions: Tensor) -> Tensor:
@@ -90,18 +127,19 @@ def rollout(
     return Rollout(*stacked, torch.stack(norms) if norms else None, interrupted)  # type: ignore[arg-type, call-arg]
 
 
-def rollout_returns(window: Rollout, critic: nn.Module, gamma: float) -> Tensor:
+def rollout_returns(window: Rollout, critic: nn.Module, gamma: float, bootstrap_discount: float = 1.0) -> Tensor:
     """Compute the differentiable objective of the actor: each env's discounted return with bootstrapped values.
 
-        J = Σ_segments [Σ_k γ^k C_k r_k + γ^n C_n min_e V_e(z_n)],    C_k = Π_{j<k} c_j
+        J = Σ_segments [Σ_k γ^k C_k r_k + δ γ^n C_n min_e V_e(z_n)],    C_k = Π_{j<k} c_j
 
     SHAC (arXiv:2204.07137, eq. 5) and PWM (arXiv:2407.02466, eq. 4) with the continuation probabilities c in the
-    discount. The reference weights V(z_H) by γ^(H+1); here it is γ^H.
+    discount. There δ = 1; PWM's released code weights V(z_H) by γ^(H+1), that is, δ = γ.
 
     Args:
         window: The rollout.
         critic: V, frozen.
         gamma: Discount γ.
+        bootstrap_discount: δ.
 
     Returns:
         J, (B,), in task units.
@@ -113,10 +151,10 @@ def rollout_returns(window: Rollout, critic: nn.Module, gamma: float) -> Tensor:
         total = total + discount * window.rewards[t]
         discount = gamma * window.continues[t] * discount
         if t == horizon - 1:
-            total = total + discount * critic(window.next_observations[t]).amin(0)
+            total = total + discount * bootstrap_discount * critic(window.next_observations[t]).amin(0)
         elif window.interrupted:
             ends = window.ends[t]
-            value = critic(window.next_observations[t]).amin(0)
+            value = bootstrap_discount * critic(window.next_observations[t]).amin(0)
             total = torch.where(ends, total + discount * value, total)
             discount = torch.where(ends, torch.ones_like(discount), discount)
     return total
@@ -131,6 +169,7 @@ def improve_actor(
     entropy_coefficient: Callable[[Tensor], Tensor],
     gamma: float,
     max_grad_norm: float,
+    bootstrap_discount: float = 1.0,
 ) -> dict[str, Tensor]:
     """Step the actor up the gradient of the rollout's returns, in units of their deviation, and of its entropy.
 
@@ -143,22 +182,42 @@ def improve_actor(
         entropy_coefficient: Gives the entropy's weight, () from the mean entropy ().
         gamma: Discount γ.
         max_grad_norm: Gradient clip.
+        bootstrap_discount: As in `rollout_returns`.
+
+    Returns:
+        Metrics, () each; (K,) for K tasks.
     """
-    returns = rollout_returns(window, critic, gamma)
-    entropy = window.entropy.mean()
+    returns = rollout_returns(window, critic, gamma, bootstrap_discount)  # (B,)
+    entropy = window.entropy.mean((0, -1))
     deviation = scale(returns.detach())
-    loss = -returns.mean() / deviation - entropy_coefficient(entropy) * entropy
+    loss = -returns.mean(-1) / deviation - entropy_coefficient(entropy) * entropy
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), max_grad_norm)
+    loss.sum().backward()
+    grad_norm = _clip(actor, max_grad_norm)
     optimizer.step()
     return {
         "actor_loss": loss.detach(),
         "actor_grad_norm": grad_norm,
-        "return": returns.detach().mean(),
-        "reward": window.rewards.detach().mean(),
+        "return": returns.detach().mean(-1),
+        "reward": window.rewards.detach().mean((0, -1)),
         "entropy": entropy.detach(),
     }
+
+
+def _clip(module: nn.Module, max_norm: float) -> Tensor:
+    """Scale a module's gradient down to a norm of at most `max_norm`, of a `Stacked` one each member's by itself.
+
+    Returns:
+        The norm before, (); (K,) for K stacked members.
+    """
+    if not isinstance(module, Stacked):
+        return nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # (K,)
+    share = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as PyTorch's own
+    for grad in grads:
+        grad.mul_(share.view(-1, *[1] * (grad.ndim - 1)))
+    return norm
 
 
 @torch.no_grad()
@@ -176,7 +235,7 @@ def fit_critic(
     epochs: int,
     minibatches: int,
     max_grad_norm: float,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> dict[str, Tensor]:
     """Regress every member of the critic on the targets, over shuffled minibatches.
 
@@ -188,17 +247,80 @@ def fit_critic(
         epochs: Passes over the rollout.
         minibatches: Minibatches in a pass.
         max_grad_norm: Gradient clip.
-        generator: Of the shuffling.
+        generator: Of the shuffling; one for each of K tasks.
+
+    Returns:
+        Metrics, () each; (K,) for K tasks.
     """
-    inputs, goals = observations.detach().flatten(0, 1), targets.flatten()  # (H B, Z), (H B,)
+    lead = targets.ndim - 2  # 1 where there is an axis of tasks, else 0
+    inputs, goals = (x.detach().movedim(0, lead).flatten(lead, lead + 1) for x in (observations, targets))
+    count, device = goals.shape[-1], goals.device  # H B rows, (H B, Z) and (H B,), of each task
     losses = []
     for _ in range(epochs):
-        order = torch.randperm(len(goals), generator=generator, device=goals.device)
-        for chosen in order.chunk(minibatches):
-            loss = (critic(inputs[chosen]) - goals[chosen]).square().mean()  # over (E, N)
+        if isinstance(generator, Sequence):
+            order = torch.stack([torch.randperm(count, generator=g, device=device) for g in generator])  # (K, H B)
+            member: tuple[Tensor, ...] = (torch.arange(len(generator), device=device).unsqueeze(-1),)
+        else:
+            order, member = torch.randperm(count, generator=generator, device=device), ()
+        for chosen in order.chunk(minibatches, -1):
+            loss = (critic(inputs[*member, chosen]) - goals[*member, chosen]).square().mean((0, -1))  # over (E, N)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(critic.parameters(), max_grad_norm)
+            loss.sum().backward()
+            grad_norm = _clip(critic, max_grad_norm)
             optimizer.step()
             losses.append(loss.detach())
-    return {"critic_loss": torch.stack(losses).mean(), "critic_grad_norm": grad_norm}
+    return {"critic_loss": torch.stack(losses).mean(0), "critic_grad_norm": grad_norm}
+
+
+def improve_policy(
+    window: Rollout,
+    nets: ActorCritic,
+    *,
+    gamma: float,
+    td_lambda: float,
+    tau: float,
+    critic_epochs: int,
+    critic_minibatches: int,
+    max_grad_norm: float,
+    bootstrap_discount: float = 1.0,
+) -> dict[str, Tensor]:
+    """Improve an actor and then its critics from one rollout: a PWM update but for the world model (algorithm 1).
+
+    Args:
+        window: The rollout, with its graph, which is freed.
+        nets: What is improved.
+        gamma: Discount γ.
+        td_lambda: λ of the critic's targets.
+        tau: Polyak coefficient of the target critic.
+        critic_epochs: Passes over the rollout for the critics.
+        critic_minibatches: Minibatches in a pass.
+        max_grad_norm: Gradient clip of the actor.
+        bootstrap_discount: As in `rollout_returns`.
+
+    Returns:
+        Metrics, () each; (K,) for K tasks.
+    """
+    metrics = improve_actor(
+        window,
+        nets.actor,
+        nets.target,
+        nets.actor_optimizer,
+        nets.scale,
+        nets.entropy_coefficient,
+        gamma,
+        max_grad_norm,
+        bootstrap_discount,
+    )
+    targets = critic_targets(window, nets.target, gamma, td_lambda)
+    metrics |= fit_critic(
+        nets.critic,
+        nets.critic_optimizer,
+        window.observations,
+        targets,
+        critic_epochs,
+        critic_minibatches,
+        CRITIC_MAX_GRAD_NORM,
+        nets.generator,
+    )
+    polyak_update(nets.critic.parameters(), nets.target.parameters(), tau)
+    return metrics | {"value": targets.mean((0, -1))}

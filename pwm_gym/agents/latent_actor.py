@@ -66,16 +66,17 @@ class LatentActor(nn.Module):
         shape = (count, *self.log_std.shape)
         return torch.randn(shape, generator=generator, device=self.log_std.device, dtype=self.log_std.dtype)
 
-    def forward(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, noise: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Act on latents.
 
         Args:
             z: (..., Z).
             noise: ε as `sample_noise` draws it, (..., A) or (..., F, A); None for the deterministic action tanh(μ).
+            mask: 1 for the task's own action dimensions and 0 for padding, which expands to (..., A); None for all.
 
         Returns:
-            Actions in [-1, 1], (..., A), and the entropy estimate -log π(a|z), (...). Both are differentiable, with
-            respect to σ too; for the deterministic action the second is that of ε = 0.
+            Actions in [-1, 1], (..., A), 0 in padding, and the entropy estimate -log π(a|z), (...). Both are
+            differentiable, with respect to σ too; for the deterministic action the second is that of ε = 0.
         """
         features = self.features(z)  # (..., F)
         mean = self.mean(features)  # (..., A)
@@ -91,5 +92,8 @@ class LatentActor(nn.Module):
         pre_tanh = mean + log_std.exp() * noise
         # -log N(ε) + log σ + log(1 - tanh²(u)), and log(1 - tanh²(u)) = 2 (log 2 - u - softplus(-2u))
         squash = 2.0 * (math.log(2.0) - pre_tanh - nn.functional.softplus(-2.0 * pre_tanh))
-        entropy = (0.5 * noise.square() + 0.5 * math.log(2.0 * math.pi) + log_std + squash).sum(-1)
-        return torch.tanh(pre_tanh), entropy
+        entropy = 0.5 * noise.square() + 0.5 * math.log(2.0 * math.pi) + log_std + squash  # (..., A)
+        actions = torch.tanh(pre_tanh)
+        if mask is not None:
+            actions, entropy = actions * mask, entropy * mask
+        return actions, entropy.sum(-1)

@@ -121,8 +121,8 @@ class ReturnScale(RunningMoments):
     """Running standard deviation of imagined returns, which the actor's loss is divided by (PWM's `ret_rms`)."""
 
     def update(self, returns: Tensor) -> Tensor:
-        """Merge a batch of returns (B,) into the running statistics, and give the new standard deviation, ()."""
-        self.merge(returns)
+        """Merge returns (B,) into the running statistics and give the new deviation, (); (K,) from (K, B)."""
+        self.merge(returns.movedim(-1, 0))
         return self.deviation()
 
 

@@ -15,12 +15,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
-from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from pwm_gym.agents.diagnosis import Diagnosis, diagnose
-from pwm_gym.agents.first_order import critic_targets, fit_critic, improve_actor, rollout
+from pwm_gym.agents.first_order import ActorCritic, Rollout, improve_policy, rollout
 from pwm_gym.agents.model_based import ModelBasedAlgorithm
 from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
@@ -48,6 +47,9 @@ _PAPER = {
         "model_learning_rate": 3e-4,
     },
 }
+# What the released code does offline beyond that: one-step targets, since every step counts as the last of its segment,
+# and γ^(H+1) on the value at a rollout's end.
+_RELEASED = {**_PAPER, "td_lambda": 0.0, "extra_bootstrap_discount": True}
 
 
 class PWM(ModelBasedAlgorithm):
@@ -59,7 +61,8 @@ class PWM(ModelBasedAlgorithm):
     and costs one forward pass, and the spaces are the real ones.
 
     The defaults learn online from little data. They differ from the paper's, which `PWM.PAPER` holds, in the short
-    horizon, the slow target critic, the gradient through the policy's input and the entropy bonus.
+    horizon, the slow target critic, the gradient through the policy's input and the entropy bonus. `PWM.RELEASED` adds
+    what the released code does differently from the paper when it learns offline.
 
     Args:
         policy: "MlpPolicy", "MultiInputPolicy" (Dict observations), or a `PWMPolicy` class.
@@ -92,6 +95,7 @@ class PWM(ModelBasedAlgorithm):
         critic_minibatches: Minibatches in a pass.
         max_grad_norm: Gradient clip of the actor.
         detach_input: Hide the latents' gradient from the policy's input, as the reference does.
+        extra_bootstrap_discount: Weight the value at a rollout's end by γ^(H+1), as the released code does, not γ^H.
         policy_kwargs: Arguments of `PWMPolicy`: net_arch, n_critics, world_model_kwargs={"size": "5M"}, and so on.
         stats_window_size: Episodes that reported means run over.
         tensorboard_log: Folder for TensorBoard.
@@ -115,6 +119,7 @@ class PWM(ModelBasedAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": PWMPolicy, "MultiInputPolicy": PWMPolicy}
     PAPER: ClassVar[dict[str, Any]] = _PAPER
+    RELEASED: ClassVar[dict[str, Any]] = _RELEASED
     policy: PWMPolicy
     target_entropy: Any  # a float once set up
 
@@ -149,6 +154,7 @@ class PWM(ModelBasedAlgorithm):
         critic_minibatches: int = 4,
         max_grad_norm: float = 1.0,
         detach_input: bool = False,
+        extra_bootstrap_discount: bool = False,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -205,6 +211,7 @@ class PWM(ModelBasedAlgorithm):
         self.model_batch_size, self.model_horizon, self.rho = model_batch_size, model_horizon, rho
         self.critic_epochs, self.critic_minibatches = critic_epochs, critic_minibatches
         self.max_grad_norm, self.detach_input = max_grad_norm, detach_input
+        self.extra_bootstrap_discount = extra_bootstrap_discount
         if latent_env is not None:  # the agent's spaces are the real ones; only its training env is latent
             self.observation_space = latent_env.world_model.observation_space
             self.action_space = latent_env.world_model.action_space
@@ -326,6 +333,16 @@ class PWM(ModelBasedAlgorithm):
         self.world_model.eval()  # the power iterations of spectral norm belong to the model's own updates
         optimizers = [policy.actor_optimizer, policy.critic_optimizer]
         self._update_learning_rate(optimizers + ([self.ent_coef_optimizer] if self.ent_coef_optimizer else []))
+        nets = ActorCritic(
+            policy.actor.latent_actor,
+            policy.critic.value,
+            policy.critic_target.value,
+            policy.actor_optimizer,
+            policy.critic_optimizer,
+            policy.return_scale.update,
+            self._entropy_coefficient,
+            self._generator,
+        )
 
         for _ in range(gradient_steps):
             metrics: dict[str, Tensor] = {}
@@ -341,43 +358,31 @@ class PWM(ModelBasedAlgorithm):
                     self._rng,
                     self._vec_normalize_env,
                 )
+            # Actor and critics, from a differentiable rollout
             with frozen(self.world_model):
-                # Differentiable rollout
                 z = self._begin_rollout(env)
                 horizon = min(self.horizon, env.horizon)
-                actor = policy.actor.latent_actor
-                window = rollout(env, z, actor, horizon, self._generator, self.detach_input)
-                # Actor
-                metrics |= improve_actor(
-                    window,
-                    actor,
-                    policy.critic_target.value,
-                    policy.actor_optimizer,
-                    policy.return_scale.update,
-                    self._entropy_coefficient,
-                    self.gamma,
-                    self.max_grad_norm,
-                )
-            # Critics
-            targets = critic_targets(window, policy.critic_target.value, self.gamma, self.td_lambda)
-            metrics |= fit_critic(
-                policy.critic.value,
-                policy.critic_optimizer,
-                window.observations,
-                targets,
-                self.critic_epochs,
-                self.critic_minibatches,
-                100.0,
-                self._generator,
-            )
-            polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
-
-            metrics["value"] = targets.mean()
-            for name in ("return", "reward"):
-                metrics[f"imagined_{name}"] = metrics.pop(name)
+                window = rollout(env, z, policy.actor.latent_actor, horizon, self._generator, self.detach_input)
+            metrics |= self.update_policy(window, nets)
+        for name in ("return", "reward"):
+            metrics[f"imagined_{name}"] = metrics.pop(name)
         self._n_updates += gradient_steps
         self._metrics = metrics
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def update_policy(self, window: Rollout, nets: ActorCritic) -> dict[str, Tensor]:
+        """Improve networks, this agent's or those of several like it, from a rollout with this agent's settings."""
+        return improve_policy(
+            window,
+            nets,
+            gamma=self.gamma,
+            td_lambda=self.td_lambda,
+            tau=self.tau,
+            critic_epochs=self.critic_epochs,
+            critic_minibatches=self.critic_minibatches,
+            max_grad_norm=self.max_grad_norm,
+            bootstrap_discount=self.gamma if self.extra_bootstrap_discount else 1.0,
+        )
 
     def _training_env(self, num_envs: int) -> LatentVectorEnv:
         if self.latent_env is not None:

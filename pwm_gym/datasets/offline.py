@@ -360,6 +360,19 @@ class OfflineDataset:
 
         return cls(episodes_of_buffer(buffer), [task])
 
+    def add_to(self, buffer: ReplayBuffer) -> None:
+        """Add all episodes to an SB3 replay buffer of one env, so that an agent goes on from them.
+
+        Args:
+            buffer: The buffer, of this dataset's widths.
+
+        Raises:
+            ValueError: If the buffer is of several envs or other widths.
+        """
+        from pwm_gym.datasets.replay_buffers import add_to_buffer
+
+        add_to_buffer(self, buffer)
+
     @classmethod
     def from_minari(cls, source: Any, task: str | None = None) -> OfflineDataset:
         """Read a Minari dataset into memory.

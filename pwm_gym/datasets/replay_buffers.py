@@ -1,6 +1,8 @@
-"""SB3's replay buffers, cut into episodes."""
+"""SB3's replay buffers, cut into episodes and filled with them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 from gymnasium import spaces
@@ -8,7 +10,28 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
 from pwm_gym.datasets.storage import Episode
 
-__all__ = ["episodes_of_buffer"]
+__all__ = ["add_to_buffer", "episodes_of_buffer"]
+
+
+def add_to_buffer(episodes: Iterable[Episode], buffer: ReplayBuffer) -> None:
+    """Add episodes to a replay buffer of one env, step by step; see `OfflineDataset.add_to`."""
+    if buffer.n_envs != 1:
+        raise ValueError(f"expected a buffer of one env, got one of {buffer.n_envs}.")
+    for episode in episodes:
+        observations, actions = np.asarray(episode.observations), np.asarray(episode.actions)
+        if buffer.obs_shape != observations.shape[1:] or buffer.action_dim != actions.shape[1]:
+            raise ValueError(
+                f"expected observations {buffer.obs_shape} and {buffer.action_dim} actions as in the buffer, got "
+                f"{observations.shape[1:]} and {actions.shape[1]}."
+            )
+        for t, action in enumerate(actions):
+            last = t == len(actions) - 1
+            infos = [{"TimeLimit.truncated": True}] if last and not episode.terminated else [{}]
+            # Whatever comes after an episode is another's, so that its last step must end it.
+            buffer.add(
+                observations[t][None], observations[t + 1][None], action[None], episode.rewards[t : t + 1],
+                np.array([last]), infos,
+            )  # fmt: skip
 
 
 def episodes_of_buffer(buffer: ReplayBuffer) -> list[Episode]:

@@ -1,4 +1,4 @@
-"""Differentiable envs by name: one function for MuJoCo tasks and torch physics."""
+"""Envs by name: real tasks as datasets hold them, and differentiable MuJoCo tasks and torch physics."""
 
 from __future__ import annotations
 
@@ -8,13 +8,38 @@ from typing import Any
 
 import gymnasium as gym
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from pwm_gym.differentiable import DifferentiableVectorEnv
 from pwm_gym.envs.gl_backend import choose_gl_backend
 
-__all__ = ["make_differentiable"]
+__all__ = ["make_differentiable", "make_task"]
+
+
+def make_task(name: str, **kwargs: Any) -> gym.Env:
+    """Make a real env of vectors: a registered task by its short name, or any Gymnasium id.
+
+    Args:
+        name: "walker-walk" for "pwm_gym/walker-walk-v0", or an id such as "Pendulum-v1".
+        **kwargs: Passed to `gymnasium.make`.
+
+    Raises:
+        gymnasium.error.UnregisteredEnv: If there is no such env.
+        ValueError: If its actions are no bounded Box.
+
+    Example:
+        >>> make_task("Pendulum-v1").observation_space.shape
+        (3,)
+    """
+    ours = f"pwm_gym/{name}-v0"
+    env = gym.make(ours if ours in gym.registry else name, **kwargs)
+    if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded("both"):
+        raise ValueError(f"expected bounded Box actions in {name!r}, got {env.action_space}.")
+    if not isinstance(env.observation_space, spaces.Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
 
 
 def make_differentiable(

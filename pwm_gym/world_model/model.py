@@ -175,9 +175,9 @@ class WorldModel(nn.Module):
             return x
         if task is None:
             raise ValueError(f"expected `task` in 0..{self.config.num_tasks - 1}: this world model is multi-task.")
-        return torch.cat([x, self._embedding(task).expand(*x.shape[:-1], -1)], -1)
+        return torch.cat([x, self.embedding(task).expand(*x.shape[:-1], -1)], -1)
 
-    def _embedding(self, task: int | Tensor) -> Tensor:
+    def embedding(self, task: int | Tensor) -> Tensor:
         """Look up embeddings, (..., E), scaled back to norm 1 where they are longer (TD-MPC2's max_norm)."""
         assert self.task_embedding is not None
         embedding = self.task_embedding(torch.as_tensor(task, device=self.device))
@@ -413,7 +413,7 @@ class WorldModel(nn.Module):
             action_space = leading(action_space, single.action_dim)
         with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
             model = WorldModel(single, observation_space, action_space).to(self.device, self.dtype)
-        model.load_state_dict(fold_task(self.state_dict(), self._embedding(index), config, single))
+        model.load_state_dict(fold_task(self.state_dict(), self.embedding(index), config, single))
         return model.eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -289,3 +289,18 @@ def test_critic_gradients_are_clipped():
     fit_critic(critic, optimizer, torch.ones(1, 4, 1), torch.full((1, 4), 100.0), 1, 1, max_grad_norm=0.5)
     moved = torch.cat([(p - q).flatten() for p, q in zip(critic.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_value_at_the_end_can_be_discounted_once_more():
+    # J = -1.25 + 1/2 (-0.3125) + 1/4 (-0.078125) + δ 1/8 V(1/8), V(1/8) = 1/4
+    _, window = run(Line([1.0]), 3)
+    assert rollout_returns(window, Slopes(), GAMMA, 0.5).tolist() == [-1.42578125 + 0.5 * 0.03125]
+
+
+def test_an_axis_of_tasks_changes_no_return_and_no_target():
+    _, window = run(Line([1.0, 2.0, -1.0, 0.5], terminated=[(1, 2)]), 3)
+    several = window.by_task(2)
+    assert several.rewards.shape == (3, 2, 2)
+    assert torch.equal(rollout_returns(several, Slopes(), GAMMA).flatten(), rollout_returns(window, Slopes(), GAMMA))
+    targets = critic_targets(several, Slopes(), GAMMA, 0.5)
+    assert torch.equal(targets.flatten(1), critic_targets(window, Slopes(), GAMMA, 0.5))

@@ -1,0 +1,403 @@
+"""A policy for each task out of one world model: trained, saved and scored on the real env, resumable at any moment."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from pwm_gym.agents.policy_bank import PolicyBank
+from pwm_gym.agents.pwm import PWM
+from pwm_gym.datasets import OfflineDataset
+from pwm_gym.envs.factory import make_task
+from pwm_gym.evaluation import episode_outcomes
+from pwm_gym.extraction.report import TaskResult, write_report
+from pwm_gym.latent_env import LatentVectorEnv
+from pwm_gym.progress import TaskProgress, show_task_progress
+from pwm_gym.serialization import atomic_write, load_tensors
+from pwm_gym.world_model import WorldModel
+
+__all__ = ["SETTINGS", "extract"]
+
+# How policies are trained in a model that is not their own, unless the caller says otherwise: arguments of `PWM`.
+SETTINGS: dict[str, Any] = {"horizon": 16, "tau": 0.05, "ent_coef": 0.0, "policy_kwargs": {"model_learning_rate": 1e-4}}
+_EVALUATION_SEED = 10_000  # of the first real episode
+_REAL_CHUNK = 2_500  # real decisions between two saves: whole episodes of our tasks, so that a resume is exact
+_SHOWN = 10  # updates between two looks at the progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One call of `extract`."""
+
+    world_model: WorldModel
+    dataset: OfflineDataset
+    tasks: tuple[str, ...]
+    env_ids: Mapping[str, str]
+    folder: pathlib.Path
+    updates: int
+    num_envs: int
+    shared: bool
+    finetune: bool
+    real_steps: int
+    episodes: int
+    seed: int
+    checkpoint_every: int
+    settings: dict[str, Any]
+
+    @property
+    def needs_env(self) -> bool:
+        return self.episodes > 0 or self.real_steps > 0
+
+    def make_env(self, task: str) -> gym.Env:
+        return make_task(self.env_ids.get(task, task))
+
+
+def extract(
+    world_model: WorldModel,
+    dataset: OfflineDataset,
+    tasks: Sequence[str] | None = None,
+    *,
+    out: str | os.PathLike[str] = "runs/extraction",
+    updates: int = 3_000,
+    num_envs: int = 64,
+    together: int | None = None,
+    shared: bool = False,
+    finetune: bool = False,
+    real_steps: int = 0,
+    episodes: int = 10,
+    env_ids: Mapping[str, str] | None = None,
+    checkpoint_every: int = 250,
+    seed: int = 0,
+    reward_in_task_units: bool | None = None,
+    progress_bar: bool = False,
+    **settings: Any,
+) -> dict[str, TaskResult]:
+    """Make a policy for each task of a world model, save it as a `PWM` agent and score it on the task's real env.
+
+    The folder then holds <task>.zip (for `PWM.load`) and <task>.json for each task, table.csv, table.md and scores.png
+    with published scores beside. A run that was killed at any moment goes on when it is called again with the same
+    arguments, and ends, on a CPU, with the weights of a run that was never interrupted.
+
+    Args:
+        world_model: Trained on the tasks, single- or multi-task; it stays as it is.
+        dataset: Data of the tasks, which imagined rollouts start from.
+        tasks: Their names; None for all of the model's.
+        out: The folder.
+        updates: Policy updates for each task.
+        num_envs: Imagined rollouts in an update.
+        together: Tasks that are trained in one batched program (`PolicyBank`): None for all, 1 for one after another.
+            The policies are the same but for rounding, unless `finetune` is set: each program fits one model to its
+            tasks.
+        shared: Train one policy that is conditioned on the task instead of one for each task.
+        finetune: Go on fitting the model to the tasks' data while the policies train.
+        real_steps: Decisions that each policy then learns for on the real env, as `PWM` does there: with the
+            model fitted to the data and to what it meets.
+        episodes: Real episodes to score each policy on; 0 for none.
+        env_ids: {task: Gymnasium id} of tasks that aren't registered under their name.
+        checkpoint_every: Updates between two checkpoints.
+        seed: Of each task's weights, starts and noise. A task's policy doesn't depend on which others there are.
+        reward_in_task_units: Maximise rewards in task units, or with False, as PWM's released code, the expectation
+            over symlog bins; None for what the model's config says.
+        progress_bar: Show a bar for each task and one for all.
+        **settings: Arguments of `PWM` other than policy, env and seed; what is not given is as in `SETTINGS`. A
+            schedule of the learning rate must have a repr that tells it from others, as SB3's `LinearSchedule` has.
+
+    Returns:
+        The results by task.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If an argument is out of range; a task has no data, is none that the model was trained on, or is
+            padded otherwise than in the model; no episode is as long as the horizon; a policy diverges; or the
+            folder holds a run with other arguments.
+
+    Example:
+        >>> import tempfile
+        >>> from pwm_gym.collection import collect
+        >>> from pwm_gym.training import pretrain
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> data = collect("Pendulum-v1", episodes=2, out=folder / "data", progress_bar=False)
+        >>> model = pretrain(data, "1M", updates=2, batch_size=8)
+        >>> results = extract(model, data, out=folder / "policies", updates=2, num_envs=4, episodes=1)
+        >>> PWM.load(results["Pendulum-v1"].agent).predict(np.zeros(3, np.float32))[0].shape
+        (1,)
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('the plot of the scores needs matplotlib: pip install "pwm-gym[examples]"')
+    for name, value, least in (
+        ("updates", updates, 1),
+        ("num_envs", num_envs, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+        ("together", 1 if together is None else together, 1),
+        ("real_steps", real_steps, 0),
+        ("episodes", episodes, 0),
+    ):
+        if value < least:
+            raise ValueError(f"`{name}` must be >= {least}, got {value}.")
+    chosen = tuple(tasks) if tasks is not None else world_model.config.tasks or dataset.tasks
+    nested = {**SETTINGS["policy_kwargs"], **settings.get("policy_kwargs", {})}
+    nested.pop("world_model_kwargs", None)  # of PWM.PAPER; the model is given
+    if reward_in_task_units is not None:
+        world_model = copy.copy(world_model)  # of the same weights
+        world_model.config = dataclasses.replace(world_model.config, reward_in_task_units=reward_in_task_units)
+    plan = _Plan(
+        world_model,
+        dataset,
+        chosen,
+        dict(env_ids or {}),
+        pathlib.Path(out),
+        updates,
+        num_envs,
+        shared,
+        finetune,
+        real_steps,
+        episodes,
+        seed,
+        checkpoint_every,
+        {**SETTINGS, **settings, "policy_kwargs": nested},
+    )
+    _check(plan)
+    size = len(chosen) if together is None or shared else together
+    _begin(plan, size)
+    groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    with show_task_progress(dict.fromkeys(chosen, updates + real_steps + episodes), progress_bar) as progress:
+        for group in groups:
+            if all(_result_path(plan, task).exists() for task in group):
+                progress.advance(group, updates + real_steps + episodes)
+            else:
+                _extract_group(plan, group, progress)
+    results = {task: TaskResult.load(_result_path(plan, task)) for task in chosen}
+    write_report(list(results.values()), plan.folder)
+    for leftover in plan.folder.glob("checkpoint-*.pt"):
+        leftover.unlink()
+    return results
+
+
+# Before anything is trained
+
+
+def _check(plan: _Plan) -> None:
+    config, dataset, horizon = plan.world_model.config, plan.dataset, plan.settings["horizon"]
+    known = config.tasks or (dataset.tasks if config.num_tasks == 0 and len(dataset.tasks) == 1 else ())
+    if not plan.tasks or len(set(plan.tasks)) != len(plan.tasks):
+        raise ValueError(f"expected distinct tasks, got {plan.tasks}.")
+    for task in plan.tasks:
+        if task not in known:
+            raise ValueError(
+                f"expected tasks that the world model was trained on, {', '.join(known) or 'which it does not name'}; "
+                f"got {task!r}. Pre-train a model on its data: pwm_gym.pretrain(dataset, ...)."
+            )
+        lengths = dataset.lengths[dataset.task_ids == dataset.tasks.index(task)] if task in dataset.tasks else ()
+        if not len(lengths):
+            raise ValueError(
+                f"expected data of every task, got no episode of {task!r} among {dataset.num_episodes} of "
+                f"{', '.join(dataset.tasks)}. Collect some, or leave it out of `tasks`."
+            )
+        needed = max(horizon, plan.settings.get("model_horizon", 0) if plan.finetune else 0)
+        if max(lengths) < needed:
+            raise ValueError(
+                f"expected an episode of {task!r} that is at least as long as the horizon of {needed} steps, got "
+                f"{max(lengths)} at most. Use a shorter horizon."
+            )
+        own, data = (config.for_task(task) if config.num_tasks else config), dataset.of_tasks(task)
+        if (own.observation_dim, own.action_dim) != (data.observation_dim, data.action_dim):
+            raise ValueError(
+                f"expected {task!r} with {own.observation_dim} observations and {own.action_dim} actions beside its "
+                f"padding, as in the world model, got {data.observation_dim} and {data.action_dim}. The dataset's "
+                f"padding is another: import it with the task set that the model was trained on."
+            )
+        if plan.needs_env:
+            _check_env(plan, task, own.observation_dim, own.action_dim)
+
+
+def _check_env(plan: _Plan, task: str, observation_dim: int, action_dim: int) -> None:
+    try:
+        env = plan.make_env(task)
+    except gym.error.Error as error:
+        raise ValueError(
+            f"expected a registered env for {task!r}, got none ({error}). Name it with env_ids={{{task!r}: ...}}, or "
+            f"skip the evaluation with episodes=0."
+        ) from error
+    shapes = env.observation_space.shape, env.action_space.shape
+    env.close()
+    if shapes != ((observation_dim,), (action_dim,)):
+        raise ValueError(
+            f"expected an env of shapes {(observation_dim,)} and {(action_dim,)} for {task!r}, got {shapes}."
+        )
+
+
+def _begin(plan: _Plan, together: int) -> None:
+    """Make the folder, or check that the run in it was begun with the same arguments."""
+    checksum = 0
+    for value in plan.world_model.state_dict().values():
+        checksum = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), checksum)
+    left_out = {"world_model", "dataset", "folder", "checkpoint_every", "settings"}
+    if together == 1:
+        left_out.add("tasks")  # more can be added
+    call = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in left_out}
+    call |= {"together": together, "model": checksum, "steps": plan.dataset.num_steps, "settings": repr(plan.settings)}
+    call["reward_in_task_units"] = plan.world_model.config.reward_in_task_units
+    call, note = json.loads(json.dumps(call)), plan.folder / "call.json"
+    if not note.exists():
+        with atomic_write(note) as file:
+            file.write(json.dumps(call, indent=1).encode())
+        return
+    before = json.loads(note.read_text(encoding="utf-8"))
+    differing = sorted(name for name in before | call if before.get(name) != call.get(name))
+    if differing:
+        was, now = ({name: given.get(name) for name in differing} for given in (before, call))
+        raise ValueError(
+            f"expected the arguments that {os.fspath(plan.folder)!r} was begun with, {was}, got {now}. Give the same, "
+            f"or another `out` folder for a new run."
+        )
+
+
+def _result_path(plan: _Plan, task: str) -> pathlib.Path:
+    return plan.folder / f"{task.replace('/', '_')}.json"
+
+
+# Training and scoring
+
+
+def _extract_group(plan: _Plan, group: Sequence[str], progress: TaskProgress) -> None:
+    """Train the policies of a group in one program, then finish each."""
+    agents = [_make_agent(plan, task) for task in group]
+    several = plan.world_model.config.num_tasks > 0
+    model = plan.world_model.for_task(group[0]) if several and len(group) == 1 else plan.world_model
+    data = plan.dataset.of_tasks(*group) if plan.finetune else None
+    bank = PolicyBank(agents, model, shared=plan.shared, finetune=data)
+    spent = _train(plan, bank, plan.folder / f"checkpoint-{_result_path(plan, group[0]).stem}.pt", group, progress)
+    for task, agent in zip(group, agents, strict=True):
+        path = _result_path(plan, task)
+        if path.exists():
+            progress.advance([task], plan.real_steps + plan.episodes)
+            continue
+        agent.save(path.with_suffix(".zip"))
+        _finish(plan, task, path, spent / len(group), progress)
+
+
+def _make_agent(plan: _Plan, task: str) -> PWM:
+    """Make an agent in the task's share of the model, with the real env's spaces where there is one."""
+    config, data = plan.world_model.config, plan.dataset.of_tasks(task)
+    model = plan.world_model.for_task(task if config.num_tasks else None)
+    spaces: tuple[Any, Any] = (model.observation_space, model.action_space)
+    if plan.needs_env:
+        real = plan.make_env(task)
+        spaces = real.observation_space, real.action_space
+        real.close()
+    extractor = copy.deepcopy(model.features_extractor)
+    copied = WorldModel(model.config, *spaces, extractor).to(model.device, model.dtype).eval()
+    copied.load_state_dict(model.state_dict())
+    env = LatentVectorEnv(copied, data, num_envs=plan.num_envs, horizon=plan.settings["horizon"])
+    return PWM("MlpPolicy", env, seed=plan.seed, **plan.settings)
+
+
+def _train(
+    plan: _Plan, bank: PolicyBank, checkpoint: pathlib.Path, group: Sequence[str], progress: TaskProgress
+) -> np.ndarray:
+    """Train to the end, from the last checkpoint where there is one; returns the seconds in all (see `_clocks`)."""
+    spent = np.zeros(2)
+    if checkpoint.exists():
+        content = load_tensors(checkpoint, bank.world_model.device)
+        bank.load_state_dict(content["bank"])
+        spent = np.array(content["seconds"])
+    progress.advance(group, bank.updates)
+    while bank.updates < plan.updates:
+        began = _clocks()
+        next_checkpoint = (bank.updates // plan.checkpoint_every + 1) * plan.checkpoint_every
+        end = min(plan.updates, next_checkpoint, bank.updates + _SHOWN)
+        count = end - bank.updates
+        bank.train(count, remaining=1.0 - bank.updates / plan.updates)
+        spent += _clocks() - began
+        progress.advance(group, count)
+        if end in (plan.updates, next_checkpoint):
+            with atomic_write(checkpoint) as file:
+                torch.save({"bank": bank.state_dict(), "seconds": spent.tolist()}, file)
+    bank.write()
+    return spent
+
+
+def _clocks() -> np.ndarray:
+    """Read the wall clock and this process's CPU time, in seconds, (2,)."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progress: TaskProgress) -> None:
+    """Let an offline agent learn on the real env if it is to, score it, and write its result."""
+    agent, returns, successes = _load(plan, path.with_suffix(".zip")), np.zeros(0), None
+    data = plan.dataset.of_tasks(task)
+    env = plan.make_env(task) if plan.needs_env else None
+    if plan.real_steps and env is not None:
+        agent, more = _learn_for_real(plan, task, env, progress)
+        spent = spent + more
+        agent.save(path.with_suffix(".zip"))
+    if plan.episodes and env is not None:
+        returns, successes = episode_outcomes(agent, env, plan.episodes, _EVALUATION_SEED)
+    if env is not None:
+        env.close()
+    of_data = np.sort(data.returns())
+    seconds, cpu_seconds = (round(float(value), 2) for value in spent)
+    TaskResult(
+        task=task,
+        agent=os.fspath(path.with_suffix(".zip")),
+        updates=plan.updates,
+        real_steps=plan.real_steps,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        data_mean=float(of_data.mean()),
+        data_best_tenth=float(of_data[-math.ceil(len(of_data) / 10) :].mean()),
+        returns=tuple(map(float, returns)),
+        successes=() if successes is None else tuple(map(bool, successes)),
+    ).save(path)
+    shutil.rmtree(plan.folder / f"real-{path.stem}", ignore_errors=True)
+    progress.advance([task], plan.episodes)
+
+
+def _load(plan: _Plan, path: pathlib.Path, **kwargs: Any) -> PWM:
+    """Read an agent of this run; a schedule has no plain form in its file, so that it is given."""
+    rate = plan.settings.get("learning_rate")
+    return PWM.load(path, **({"learning_rate": rate} if callable(rate) else {}), **kwargs)
+
+
+def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress) -> tuple[PWM, np.ndarray]:
+    """Go on with an offline agent on the real env and its data; returns it and the seconds (see `_clocks`)."""
+    path = _result_path(plan, task)
+    folder, data = plan.folder / f"real-{path.stem}", plan.dataset.of_tasks(task)
+    note, done, spent = folder / "state.json", 0, np.zeros(2)
+    if note.exists():  # written last: it says which agent belongs to it
+        state = json.loads(note.read_text(encoding="utf-8"))
+        done, spent = state["done"], np.array(state["seconds"])
+    source = folder / f"agent-{done}.zip" if done else path.with_suffix(".zip")
+    agent = _load(plan, source, env=env, buffer_size=data.num_steps + plan.real_steps)
+    if done:
+        agent.load_replay_buffer(folder / f"agent-{done}.replay")
+    else:
+        data.add_to(agent.sequence_replay())
+    progress.advance([task], done)
+    while done < plan.real_steps:
+        began, steps = _clocks(), min(_REAL_CHUNK, plan.real_steps - done)
+        agent.learn(steps, reset_num_timesteps=done == 0)
+        done, spent = done + steps, spent + _clocks() - began
+        agent.save(folder / f"agent-{done}.zip")
+        agent.save_replay_buffer(folder / f"agent-{done}.replay")
+        with atomic_write(note) as file:
+            file.write(json.dumps({"done": done, "seconds": spent.tolist()}).encode())
+        for old in folder.glob("agent-*"):
+            if old.stem != f"agent-{done}":
+                old.unlink()
+        progress.advance([task], steps)
+    return agent, spent
