@@ -250,7 +250,7 @@ def test_embeddings_longer_than_1_are_kept_as_they_are_and_scaled_when_looked_up
     state = tdmpc2_state(TASKS)
     model = load_tdmpc2(write(tmp_path / "a.pt", state))
     assert torch.equal(model.task_embedding.weight, state["_task_emb.weight"])
-    norms = model._embedding(torch.arange(TASKS)).norm(dim=-1)
+    norms = model.embedding(torch.arange(TASKS)).norm(dim=-1)
     torch.testing.assert_close(norms, state["_task_emb.weight"].norm(dim=-1).clamp(max=1.0))
 
 
