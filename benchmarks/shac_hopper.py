@@ -47,7 +47,7 @@ def evaluate(agent: SHAC, episodes: int = 3) -> dict[str, float]:
             observation, reward, terminated, truncated, infos = env.step(action)
             steps, total, ended = steps + 1, total + float(reward), terminated or truncated
         results.append((infos["x_position"] / (steps * 0.008), steps, total))
-    speed, length, mean_return = np.mean(results, 0)
+    speed, length, mean_return = np.mean(results, 0).tolist()
     return {"speed": round(speed, 2), "length": round(length, 1), "return": round(mean_return, 1)}
 
 
@@ -70,7 +70,7 @@ def write(rows: list[dict[str, Any]], agent: SHAC, out: pathlib.Path) -> None:
     axes.grid(alpha=0.3)
     with atomic_write(out / "hopper.png") as picture:
         figure.savefig(picture, format="png")
-    env = gym.make("Hopper-v5", render_mode="rgb_array", width=160, height=240)
+    env = gym.make("Hopper-v5", render_mode="rgb_array", width=160, height=240, camera_name="track")
     observation, _ = env.reset(seed=0)
     frames: list[Any] = []
     for step in range(325):
