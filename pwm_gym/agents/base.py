@@ -143,6 +143,34 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             for i in np.flatnonzero(dones):
                 self._random_states[i] = [self._random_states[i][1], now[i]]
 
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Learn for `total_timesteps`: steps over all envs, imagined ones on a `LatentVectorEnv`.
+
+        Args:
+            total_timesteps: Steps to take; with reset_num_timesteps=False in addition to those already taken. Agents
+                that learn from whole rollouts end with one.
+            callback: As in SB3.
+            log_interval: Episodes between two log entries; where whole rollouts are learned from, 25 updates count as
+                an episode.
+            tb_log_name: Name of the run for TensorBoard; None for the class's.
+            reset_num_timesteps: Count from 0; False goes on.
+            progress_bar: Show progress, rate and remaining time.
+
+        Raises:
+            TypeError: If the replay buffer can't be trained from.
+            ValueError: If the env returns numbers that are not finite.
+        """
+        name = type(self).__name__ if tb_log_name is None else tb_log_name
+        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+
     def _setup_learn(
         self,
         total_timesteps: int,

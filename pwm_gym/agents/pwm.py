@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, Schedule, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -439,31 +439,6 @@ class PWM(ModelBasedAlgorithm):
             self.dump_logs()
         callback.on_rollout_end()
         return RolloutReturn(updates, 0, continue_training=True)
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "PWM",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """Learn for `total_timesteps`: real steps over all envs, or imagined ones on a `LatentVectorEnv`.
-
-        Args:
-            total_timesteps: Steps to take; with reset_num_timesteps=False in addition to those already taken.
-            callback: As in SB3.
-            log_interval: Episodes between two log entries (on a `LatentVectorEnv`, 25 updates).
-            tb_log_name: Name of the run for TensorBoard.
-            reset_num_timesteps: Count from 0; False goes on.
-            progress_bar: Show progress, rate and remaining time.
-
-        Raises:
-            TypeError: If the replay buffer can't be trained from.
-            ValueError: If the env returns numbers that are not finite.
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.latent_env is None:

@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, Schedule, TrainFreq
 from stable_baselines3.common.utils import check_for_correct_spaces, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -298,30 +298,6 @@ class SHAC(ResumableAlgorithm):
         moved = self._adaptive_horizon + self.horizon_rate * float(1.0 - 2.0 * share)
         self._adaptive_horizon = min(max(moved, float(self.horizon_min)), float(self.horizon_max or self.horizon))
         return {"stiff_rollouts": share, "stiffness": stiffness.mean()}
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "SHAC",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """Learn for `total_timesteps` env steps over all envs, in whole rollouts.
-
-        Args:
-            total_timesteps: Steps to take; with reset_num_timesteps=False in addition to those already taken.
-            callback: As in SB3.
-            log_interval: A log entry every 25 times so many updates.
-            tb_log_name: Name of the run for TensorBoard.
-            reset_num_timesteps: Count from 0; False goes on.
-            progress_bar: Show progress, rate and remaining time.
-
-        Raises:
-            ValueError: If the dynamics give numbers that are not finite.
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     # Files
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, Schedule, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
 
 from pwm_gym.agents.model_based import ModelBasedAlgorithm
@@ -287,31 +287,9 @@ class TDMPC2(ModelBasedAlgorithm):
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._last_episode_starts = dones  # SB3 keeps it up to date in on-policy algorithms only
 
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "TDMPC2",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """Learn for `total_timesteps` steps over all envs.
-
-        Args:
-            total_timesteps: Steps to take; with reset_num_timesteps=False in addition to those already taken.
-            callback: As in SB3.
-            log_interval: Episodes between two log entries.
-            tb_log_name: Name of the run for TensorBoard.
-            reset_num_timesteps: Count from 0; False goes on.
-            progress_bar: Show progress, rate and remaining time.
-
-        Raises:
-            TypeError: If the replay buffer can't be trained from.
-            ValueError: If the env returns numbers that are not finite.
-        """
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         self.sequence_replay()  # complain before the first step, not after learning_starts
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        return super()._setup_learn(*args, **kwargs)
 
     # Files
 
