@@ -284,7 +284,7 @@ def improve_policy(
     max_grad_norm: float,
     bootstrap_discount: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Improve an actor and then its critics from one rollout: a PWM update but for the world model (algorithm 1).
+    """Improve an actor and then its critics from one rollout: SHAC's update, and PWM's but for the world model.
 
     Args:
         window: The rollout, with its graph, which is freed.

@@ -15,12 +15,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, Schedule, TrainFreq
-from stable_baselines3.common.utils import check_for_correct_spaces, polyak_update
+from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from pwm_gym.agents.base import ResumableAlgorithm
-from pwm_gym.agents.first_order import Rollout, critic_targets, fit_critic, improve_actor, rollout
+from pwm_gym.agents.first_order import ActorCritic, Rollout, improve_policy, rollout
 from pwm_gym.agents.shac_policy import SHACPolicy
 from pwm_gym.differentiable import DifferentiableVectorEnv, NumpyVectorEnv
 from pwm_gym.latent_env import LatentVectorEnv
@@ -251,34 +251,30 @@ class SHAC(ResumableAlgorithm):
         self._window = None  # its graph can be used only once
         self._update_learning_rate([policy.actor_optimizer, policy.critic_optimizer])
         coefficient = torch.tensor(self.ent_coef, device=self.device)
-        # Actor
-        metrics = improve_actor(
-            window,
+        nets = ActorCritic(
             policy.actor,
+            policy.critic,
             policy.critic_target,
             policy.actor_optimizer,
+            policy.critic_optimizer,
             policy.return_scale.update,
             lambda _: coefficient,
-            self.gamma,
-            self.max_grad_norm,
-        )
-        # Critics
-        targets = critic_targets(window, policy.critic_target, self.gamma, self.td_lambda)
-        metrics |= fit_critic(
-            policy.critic,
-            policy.critic_optimizer,
-            window.observations,
-            targets,
-            self.critic_epochs,
-            self.critic_minibatches,
-            100.0,
             self._generator,
         )
-        polyak_update(policy.critic.value.parameters(), policy.critic_target.value.parameters(), self.tau)
+        metrics = improve_policy(
+            window,
+            nets,
+            gamma=self.gamma,
+            td_lambda=self.td_lambda,
+            tau=self.tau,
+            critic_epochs=self.critic_epochs,
+            critic_minibatches=self.critic_minibatches,
+            max_grad_norm=self.max_grad_norm,
+        )
         policy.actor.normalizer.merge(window.observations.detach().flatten(0, 1))
         if self.horizon_max is not None and window.stiffness is not None:
             metrics |= self._adapt_horizon(window.stiffness.detach())
-        metrics |= {"value": targets.mean(), "horizon": torch.tensor(float(len(window.rewards)))}
+        metrics |= {"horizon": torch.tensor(float(len(window.rewards)))}
         self._metrics = metrics
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
