@@ -8,7 +8,6 @@ mapped files that happen to be in memory, which the system takes back when it ne
 """
 
 import argparse
-import csv
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ import time
 
 import numpy as np
 import torch
+from tables import write_rows
 
 from pwm_gym import OfflineDataset, WorldModel, WorldModelConfig, fit_world_model
 from pwm_gym.task_sets import TASK_DIMS, tasks
@@ -139,11 +139,7 @@ def main():
     finally:
         shutil.rmtree(args.folder)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ of the same simulation. Then: env steps per second forward, and forward with bac
 from __future__ import annotations
 
 import argparse
-import csv
 import pathlib
 import time
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
+from tables import write_rows
 from torch import Tensor
 
 import pwm_gym
@@ -139,10 +139,7 @@ def measure(task: str, integrator: str | None, arguments: argparse.Namespace) ->
 def write(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     """Write the table, as csv and as Markdown."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "gradients.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(out / "gradients.csv", rows)
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
     (out / "gradients.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

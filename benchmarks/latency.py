@@ -12,8 +12,6 @@ get their state back, and begin with the last plan.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import pathlib
 import time
 from typing import Any
@@ -22,9 +20,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3 import SAC
+from tables import write_rows
 
 from pwm_gym import PWM, TDMPC2, plan_with
-from pwm_gym.serialization import atomic_write
 
 TURN = 0.05  # seconds that an agent calls at least before the next one does
 OUT = pathlib.Path(__file__).resolve().parents[1] / "results" / "planning" / "latency.csv"
@@ -86,12 +84,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(arguments.out) as file:
-        file.write(text.getvalue().encode())
+    write_rows(arguments.out, rows)
 
 
 if __name__ == "__main__":

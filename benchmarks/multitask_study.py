@@ -13,8 +13,6 @@
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import pathlib
@@ -27,6 +25,7 @@ import torch
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from tables import write_rows
 
 from pwm_gym import (
     PWM,
@@ -279,12 +278,8 @@ def report(out: pathlib.Path, tasks: Sequence[str], seeds: Sequence[int], result
     from matplotlib.figure import Figure
 
     rows = [make_row(out, task, seeds) for task in tasks]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    with atomic_write(results / "table.csv") as file:
-        file.write(text.getvalue().encode())
+    rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    write_rows(results / "table.csv", rounded)
 
     def number(row: dict[str, Any], name: str) -> str:
         value = row[name]

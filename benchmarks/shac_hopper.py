@@ -11,8 +11,6 @@ A run that was stopped goes on from its last evaluation, whose agent is in runs/
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import pathlib
 import time
@@ -22,6 +20,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+from tables import write_rows
 
 from pwm_gym import SHAC, make_differentiable
 from pwm_gym.serialization import atomic_write
@@ -56,12 +55,7 @@ def write(rows: list[dict[str, Any]], agent: SHAC, out: pathlib.Path) -> None:
     import imageio.v3 as iio
     from matplotlib.figure import Figure
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(out / "hopper.csv") as table:
-        table.write(text.getvalue().encode())
+    write_rows(out / "hopper.csv", rows)
     figure = Figure(figsize=(5.0, 3.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot([row["steps"] for row in rows], [row["speed"] for row in rows], "o-", markersize=3)

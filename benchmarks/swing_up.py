@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import pathlib
 import time
 from typing import Any
 
 import numpy as np
 import torch
+from tables import write_rows
 
 from pwm_gym import SHAC, make_differentiable
 from pwm_gym.serialization import atomic_write
@@ -71,12 +71,7 @@ def write(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     """Write the table and the picture."""
     from matplotlib.figure import Figure
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(out / "swing_up.csv") as table:
-        table.write(text.getvalue().encode())
+    write_rows(out / "swing_up.csv", rows)
     figure = Figure(figsize=(8.0, 3.2), dpi=120, layout="constrained")
     for axes, system in zip(figure.subplots(1, 2), SYSTEMS, strict=True):
         for seed in sorted({row["seed"] for row in rows if row["system"] == system}):

@@ -15,9 +15,14 @@ def put_row(path: pathlib.Path, row: Mapping[str, Any], key: Sequence[str]) -> N
     if path.exists():
         with path.open(encoding="utf-8") as file:
             rows = [old for old in csv.DictReader(file) if any(old.get(name) != str(row[name]) for name in key)]
+    write_rows(path, [*rows, row])
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table whose columns are those of its last row."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, row.keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[-1].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*rows, row])
+    writer.writerows(rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())

@@ -65,6 +65,13 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             self.logger.record(f"train/{name}", float(value))
         super().dump_logs()
 
+    def _end_rollout(self, callback: BaseCallback, log_interval: int | None) -> None:
+        """End a rollout that was not collected by SB3's code: progress, logs every 25 updates times the interval."""
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        if log_interval is not None and self._n_updates % (25 * log_interval) == 0 and self._n_updates > 0:
+            self.dump_logs()
+        callback.on_rollout_end()
+
     def _store_transition(
         self,
         replay_buffer: ReplayBuffer,

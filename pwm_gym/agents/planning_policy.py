@@ -192,7 +192,7 @@ class PlannedPWM(PlanningPolicy):
         """Refuse: save the agent instead.
 
         Raises:
-            NotImplementedError: Always; nothing here is not in the agent's own file.
+            NotImplementedError: Always: a plan on top has no weights of its own.
         """
         raise NotImplementedError("a plan on top has no weights of its own: save the agent, and call plan_with again.")
 

@@ -434,10 +434,7 @@ class PWM(ModelBasedAlgorithm):
             self.num_timesteps += self.latent_env.num_envs
             if not callback.on_step():  # once for each step of all envs, as SB3's callbacks expect
                 return RolloutReturn(updates, 0, continue_training=False)
-        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
-        if log_interval is not None and self._n_updates % (25 * log_interval) == 0 and self._n_updates > 0:
-            self.dump_logs()
-        callback.on_rollout_end()
+        self._end_rollout(callback, log_interval)
         return RolloutReturn(updates, 0, continue_training=True)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:

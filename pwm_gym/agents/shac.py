@@ -223,10 +223,7 @@ class SHAC(ResumableAlgorithm):
             if not callback.on_step():
                 return RolloutReturn(t * torch_env.num_envs, 0, continue_training=False)
         self._window = window
-        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
-        if log_interval is not None and self._n_updates % (25 * log_interval) == 0 and self._n_updates > 0:
-            self.dump_logs()
-        callback.on_rollout_end()
+        self._end_rollout(callback, log_interval)
         return RolloutReturn(horizon * torch_env.num_envs, int(finished.sum()), continue_training=True)
 
     def _count_episodes(self, rewards: np.ndarray, finished: np.ndarray) -> None:
