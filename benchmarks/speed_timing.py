@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +70,13 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Ratio:
     return Ratio(float(median), float(low), float(high))
 
 
+def in_fresh_process(function: Callable[..., Any], *args: Any, threads: int = 1) -> Any:
+    """Call a function in a process of its own, whose memory and settings nothing else has touched."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
+        return pool.submit(function, *args).result()
+
+
 def processor() -> str:
     """Name the processor, with the instructions that decide which matrix products are quick."""
     name = platform.processor() or platform.machine()
@@ -86,3 +95,43 @@ def processor() -> str:
 def where() -> dict[str, str]:
     """Describe where and when something was measured."""
     return {"processor": processor(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+
+
+def make_row(
+    part: str,
+    case: str,
+    measure: str,
+    value: Ratio,
+    threads: int,
+    rounds: int,
+    goal: float | None = None,
+    better: str = "higher",
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Make a row of the table of results.
+
+    Args:
+        part: What was measured.
+        case: With which sizes.
+        measure: Numerator and denominator.
+        value: Their ratio.
+        threads: Threads of torch.
+        rounds: Turns that the quantiles are of.
+        goal: What is wanted of the ratio.
+        better: "higher" or "lower".
+        seconds: Median of the denominator.
+    """
+    return {
+        "part": part,
+        "case": case,
+        "measure": measure,
+        "threads": threads,
+        "ratio": f"{value.median:.3f}",
+        "low": f"{value.low:.3f}",
+        "high": f"{value.high:.3f}",
+        "goal": "" if goal is None else goal,
+        "better": better,
+        "denominator_ms": "" if seconds is None else f"{1e3 * seconds:.4g}",
+        "rounds": rounds,
+        **where(),
+    }
