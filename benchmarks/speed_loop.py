@@ -67,7 +67,9 @@ def watched(agent: PWM, stopwatch: Stopwatch) -> Iterator[None]:
 
 def measure_loop(num_envs: int) -> list[dict[str, Any]]:
     """Learn for a while with several envs, each in a process of its own, and tell the parts' shares of the time."""
-    env: Any = gym.make_vec(TASK, num_envs, vectorization_mode="async", vector_kwargs=SAME_STEP) if num_envs > 1 else TASK
+    env: Any = (
+        gym.make_vec(TASK, num_envs, vectorization_mode="async", vector_kwargs=SAME_STEP) if num_envs > 1 else TASK
+    )
     agent = PWM("MlpPolicy", env, seed=0, learning_starts=WARM_UP // 2, device="cpu")
     agent.learn(WARM_UP)
     now = clock(1) if num_envs == 1 else time.perf_counter  # other processes' time counts where they are waited for
@@ -76,7 +78,8 @@ def measure_loop(num_envs: int) -> list[dict[str, Any]]:
     with watched(agent, stopwatch):
         agent.learn(STEPS, reset_num_timesteps=False)
     whole = now() - began
-    agent.get_env().close()
+    if agent.env is not None:
+        agent.env.close()
     seconds = {**stopwatch.seconds, "the rest": whole - sum(stopwatch.seconds.values())}
     return [
         {

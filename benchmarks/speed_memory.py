@@ -48,9 +48,7 @@ def measure_memory(case: str, rounds: int, root: pathlib.Path | None) -> list[di
     """Compare the growth of the memory with the released code's, on Linux."""
     if root is None or not sys.platform.startswith("linux") or not os.access("/proc/self/clear_refs", os.W_OK):
         return []
-    ours, theirs = (
-        sorted(in_fresh_process(peak_growth, case, which) for _ in range(rounds)) for which in (None, root)
-    )
+    ours, theirs = (sorted(in_fresh_process(peak_growth, case, which) for _ in range(rounds)) for which in (None, root))
     middle = rounds // 2
     value = Ratio(ours[middle] / theirs[middle], ours[0] / theirs[-1], ours[-1] / theirs[0])
     print(f"{case}: {ours[middle] / 2**20:.0f} MiB, reference {theirs[middle] / 2**20:.0f} MiB", flush=True)

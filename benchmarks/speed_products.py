@@ -75,7 +75,7 @@ class _Recorder(TorchDispatchMode):
             argument.stride(),
             argument.dtype,
             address if kept else 0,
-            argument.storage_offset() if kept else 0,
+            int(argument.storage_offset()) if kept else 0,
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -38,17 +38,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def autocast() -> Any:
-    """Compute what autocast considers safe in bf16: products, and what follows them."""
-    return torch.autocast("cpu", torch.bfloat16)
-
-
-# How an update computes -> a context for it. "medium" is oneDNN's: on AMX it rounds the factors of products to bf16 and
-# sums in fp32; all else stays fp32.
-BF16: dict[str, Callable[[], Any]] = {
-    "bf16 products": functools.partial(matmul_precision, "medium"),
-    "bf16 autocast": autocast,
-}
+# With AMX "medium" rounds the factors of products to bf16 and sums in fp32; all else stays fp32. Elsewhere it is exact.
+through_onednn = functools.partial(matmul_precision, "medium")
+BF16 = "bf16 products"
 
 
 def make_agent(size: str, batch: int, seed: int = 0) -> PWM:
@@ -92,18 +84,23 @@ def measure_update(case: str, threads: int, rounds: int, root: pathlib.Path | No
     """Time an update of a case, its matrix products, and the released code's update, in turns."""
     size, batch = CASES[case]
     work: dict[str, Callable[[], Any]] = {}
-    modes = {} if _fast_matmul_is_exact() else BF16
-    for name, context in {"": contextlib.nullcontext, **modes}.items():
-        agent = make_agent(size, batch)  # one for each: its env goes on with latents of the last update's dtype
+    exact = _fast_matmul_is_exact()
+    modes: dict[str, Callable[[], Any]] = {"": contextlib.nullcontext} | (
+        {} if exact else {f", {BF16}": through_onednn}
+    )
+    for suffix, context in modes.items():
+        agent = make_agent(size, batch)
         update = under(context, functools.partial(agent.train, 1, batch))
         update()  # the first of all allocates what later ones keep
         lasting = [*agent.policy.parameters(), *agent.world_model.parameters()]
-        work[f"update{name and f', {name}'}"] = update
-        work[f"products{name and f', {name}'}"] = under(context, replay(record(update, lasting).products))
+        work[f"update{suffix}"] = update
+        work[f"products{suffix}"] = under(
+            through_onednn if exact else context, replay(record(update, lasting).products)
+        )
     if root is not None:
         work["reference"] = make_reference(root, size, batch)
-        if _fast_matmul_is_exact():
-            work["reference, oneDNN"] = under(BF16["bf16 products"], work["reference"])
+        if exact:
+            work["reference, oneDNN"] = under(through_onednn, work["reference"])
     seconds = interleave(work, rounds, clock(threads))
 
     def compare(numerator: str, denominator: str, goal: float | None = None) -> dict[str, Any]:
@@ -111,11 +108,17 @@ def measure_update(case: str, threads: int, rounds: int, root: pathlib.Path | No
         return make_row("update", case, f"{numerator} / {denominator}", value, threads, rounds, goal, "higher", below)
 
     rows = [compare("products", "update", FRACTION)]
-    rows += [compare(f"products, {name}", f"update, {name}") for name in modes]
-    for name in [name for name in work if name.startswith("reference")]:
-        rows.append(compare(name, "update", FASTER[case] if name == "reference" else None))
-        rows += [compare(name, f"update, {mode}", FASTER_BF16[case]) for mode in modes]
-    return rows + [compare("update", f"update, {name}") for name in modes]
+    if not exact:
+        rows.append(compare(f"products, {BF16}", f"update, {BF16}"))
+        rows.append(compare("update", f"update, {BF16}"))
+    if root is not None:
+        rows.append(compare("reference", "update", FASTER[case]))
+        rows.append(
+            compare("reference, oneDNN", "update")
+            if exact
+            else compare("reference", f"update, {BF16}", FASTER_BF16[case])
+        )
+    return rows
 
 
 # Accuracy
@@ -129,15 +132,14 @@ def gradients(agent: PWM, starts: Tensor, noise: Tensor, targets: Tensor) -> dic
     env.world_model.requires_grad_(False)
     z = env.reset(options={"observations": starts})[0]
     steps = iter(noise)
-    actor.sample_noise = lambda *_: next(steps)  # type: ignore[method-assign, assignment]
+    actor.sample_noise = lambda *_: next(steps)  # type: ignore[method-assign]
     window = rollout(env, z, actor, HORIZON)
     returns = rollout_returns(window, agent.policy.critic_target.value, agent.gamma)
     of_actor = torch.autograd.grad(returns.mean(), list(actor.features.parameters()))
     loss = (critic(window.observations.detach()) - targets).square().mean()
     of_critic = torch.autograd.grad(loss, list(critic.parameters()))
-    return {
-        name: torch.cat([g.flatten().double() for g in parts]) for name, parts in (("actor", of_actor), ("critic", of_critic))
-    }  # fmt: skip
+    parts = {"actor": of_actor, "critic": of_critic}
+    return {name: torch.cat([gradient.flatten().double() for gradient in part]) for name, part in parts.items()}
 
 
 def measure_accuracy(case: str) -> list[dict[str, Any]]:
@@ -149,7 +151,7 @@ def measure_accuracy(case: str) -> list[dict[str, Any]]:
     targets = torch.randn(HORIZON, batch, generator=generator)
     agent = make_agent(size, batch)
     found = {}
-    modes = {"fp32": contextlib.nullcontext, **({} if _fast_matmul_is_exact() else BF16)}
+    modes: dict[str, Callable[[], Any]] = {"fp32": contextlib.nullcontext, BF16: through_onednn}
     for name, context in modes.items():
         with context():
             found[name] = gradients(agent, starts, noise, targets)
@@ -162,6 +164,6 @@ def measure_accuracy(case: str) -> list[dict[str, Any]]:
         for net, gradient in parts.items():
             error = float((gradient - exact[net]).norm() / exact[net].norm())
             cosine = float(torch.dot(gradient, exact[net]) / (gradient.norm() * exact[net].norm()))
-            rows.append({"case": case, "arithmetic": name, "gradient": net, "relative_error": f"{error:.1e}",
+            rows.append({"what": f"gradient of the {net}, {case}", "arithmetic": name, "relative_error": f"{error:.1e}",
                          "one_minus_cosine": f"{1.0 - cosine:.1e}"})  # fmt: skip
     return rows
