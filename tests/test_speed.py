@@ -1,4 +1,4 @@
-"""The benchmark of speed: what it records, replays, compares and reports; and that no update or sample loops or waits."""
+"""The benchmark of speed: what it records, replays, compares and reports; and that nothing loops or waits."""
 
 from __future__ import annotations
 
