@@ -56,17 +56,17 @@ def measure_predict(num_envs: int, rounds: int) -> Rows:
     ]  # fmt: skip
 
 
-def kernel_rows(name: str, rounds: int) -> dict[str, Rows]:
-    """Measure a kernel's speed and accuracy."""
-    row, errors = measure_kernel(name, rounds)
-    return {"ratios": [row], "accuracy": errors}
+def measure_kernels(rounds: int) -> dict[str, Rows]:
+    """Measure all kernels' speed and accuracy."""
+    found = [measure_kernel(name, rounds) for name in KERNELS]
+    return {"ratios": [row for row, _ in found], "accuracy": [row for _, errors in found for row in errors]}
 
 
 def jobs(parts: Sequence[str], rounds: int, reference: pathlib.Path | None) -> list[tuple[Any, ...]]:
     """List what is to be measured: (table, threads, function, arguments...)."""
     listed: list[tuple[Any, ...]] = []
     if "kernel" in parts:
-        listed += [("", 1, kernel_rows, name, 2 * rounds) for name in KERNELS]
+        listed.append(("", 1, measure_kernels, 2 * rounds))
     if "env" in parts:
         listed += [("ratios", 1, f, envs, 2 * rounds) for envs in (64, 4_096) for f in (measure_step, measure_peers)]
         listed.append(("growth", 1, measure_growth, rounds))
