@@ -62,22 +62,25 @@ def measure_kernels(rounds: int) -> dict[str, Rows]:
     return {"ratios": [row for row, _ in found], "accuracy": [row for _, errors in found for row in errors]}
 
 
-def jobs(parts: Sequence[str], rounds: int, reference: pathlib.Path | None) -> list[tuple[Any, ...]]:
+def jobs(
+    parts: Sequence[str], rounds: int, threads: Sequence[int], reference: pathlib.Path | None
+) -> list[tuple[Any, ...]]:
     """List what is to be measured: (table, threads, function, arguments...)."""
     listed: list[tuple[Any, ...]] = []
     if "kernel" in parts:
         listed.append(("", 1, measure_kernels, 2 * rounds))
     if "env" in parts:
-        listed += [("ratios", 1, f, envs, 2 * rounds) for envs in (64, 4_096) for f in (measure_step, measure_peers)]
-        listed.append(("growth", 1, measure_growth, rounds))
+        for envs, turns in ((64, 2 * rounds), (4_096, rounds)):
+            listed += [("ratios", 1, function, envs, turns) for function in (measure_step, measure_peers)]
+        listed.append(("growth", 1, measure_growth, 2))
     if "predict" in parts:
         listed += [("ratios", 1, measure_predict, n, 2 * rounds) for n in (1, 16)]
     if "loop" in parts:
         listed += [("loop", 1, measure_loop, envs) for envs in (1, 4)]
     if "memory" in parts:
-        listed += [("ratios", 1, measure_memory, case, 3, reference) for case in CASES]
+        listed += [("ratios", 1, measure_memory, case, 1, reference) for case in CASES]
     if "update" in parts:
-        listed += [("ratios", n, measure_update, case, n, rounds, reference) for n in (1, 2) for case in CASES]
+        listed += [("ratios", n, measure_update, case, n, rounds, reference) for n in threads for case in CASES]
     if "accuracy" in parts:
         listed += [("accuracy", 1, measure_accuracy, case) for case in CASES]
     return listed
@@ -151,7 +154,7 @@ def main() -> None:
             measured.append(row)
 
     reference = None if arguments.reference is None else arguments.reference.resolve()
-    run(jobs(arguments.parts, arguments.rounds, reference), keep)
+    run(jobs(arguments.parts, arguments.rounds, arguments.threads, reference), keep)
     tables = {name: read(arguments.out / f"{name}.csv") for name in KEYS}
     if arguments.check is None:
         write_report(arguments.out, tables)
