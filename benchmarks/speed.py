@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--reference", type=pathlib.Path, help="a checkout of github.com/imgeorgiev/PWM")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of updates (default: %(default)s)")
     parser.add_argument(
         "--check", type=float, metavar="TOLERANCE", help="compare with the stored ratios, write nothing"
     )
