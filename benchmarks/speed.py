@@ -130,7 +130,7 @@ def run(listed: list[tuple[Any, ...]], keep: Callable[[str, dict[str, Any]], Non
         found = in_fresh_process(function, *arguments, threads=threads)
         for name, rows in (found if isinstance(found, dict) else {table: found}).items():
             for row in rows:
-                print({k: v for k, v in row.items() if k not in ("processor", "torch", "date")}, flush=True)
+                print({k: v for k, v in row.items() if k not in ("processor", "torch", "date", "load")}, flush=True)
                 keep(name, row)
 
 

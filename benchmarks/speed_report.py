@@ -55,7 +55,9 @@ def page(tables: Tables) -> str:
         here = [row for row in ratios if row["processor"] == processor]
         dates = sorted({row["date"] for row in here})
         versions = ", ".join(sorted({row["torch"] for row in here}))
-        lines += [f"## {processor}", "", f"torch {versions}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.", ""]
+        loads = sorted(float(row["load"]) for row in here if row["load"]) or [0.0]
+        days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        lines += [f"## {processor}", "", f"torch {versions}; {days}; load {loads[0]:g} to {loads[-1]:g}.", ""]
         for part, heading in HEADINGS.items():
             rows = [row for row in here if row["part"] == part]
             if rows:

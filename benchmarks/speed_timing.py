@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -93,8 +94,9 @@ def processor() -> str:
 
 
 def where() -> dict[str, str]:
-    """Describe where and when something was measured."""
-    return {"processor": processor(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    """Describe where and when something was measured, and how many processes ran meanwhile."""
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return {"processor": processor(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "load": load}
 
 
 def make_row(

@@ -135,7 +135,14 @@ def test_stopwatch_tells_inner_functions_apart(module: Any):
 def row(ratio: float, better: str = "higher", **changed: Any) -> dict[str, Any]:
     base = {"part": "update", "case": "5M, batch 64", "measure": "products / update", "threads": 1}
     base |= {"ratio": f"{ratio:.3f}", "low": f"{ratio:.3f}", "high": f"{ratio:.3f}", "goal": 0.75, "better": better}
-    base |= {"denominator_ms": "1", "rounds": 5, "processor": "X", "torch": "2.13.0", "date": "2026-11-21"}
+    base |= {
+        "denominator_ms": "1",
+        "rounds": 5,
+        "processor": "X",
+        "torch": "2.13.0",
+        "date": "2026-11-21",
+        "load": "1.0",
+    }
     return base | changed
 
 
