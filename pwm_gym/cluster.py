@@ -213,7 +213,7 @@ def _connected(ray: Any, address: str, shared_bytes: int) -> Iterator[None]:
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options |= {"include_dashboard": False, "object_store_memory": _STORE_BYTES + shared_bytes}
-    elif address != "auto":
+    else:
         _check_address(address)
     try:
         ray.init(address=address, **options)
@@ -226,22 +226,21 @@ def _connected(ray: Any, address: str, shared_bytes: int) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Check that a head node answers; Ray itself would wait for minutes, and then end this process."""
+    """Check that a head node answers: Ray itself would try for a quarter of an hour."""
     host, _, port = address.rpartition(":")
     advice = "Is the head node up (ray start --head), and its port open to this machine?"
     try:
-        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        if host:
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
     except OSError as error:
-        raise ConnectionError(
-            f"expected a Ray cluster at {address!r}, got no connection ({error}). {advice}"
-        ) from error
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+        raise ConnectionError(f"expected a Ray cluster at {address!r}, got none ({error}). {advice}") from error
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", *(("--address", address) if host else ())]
     try:
         subprocess.run(command, timeout=_ANSWER_SECONDS, check=True, capture_output=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         raise ConnectionError(
-            f"expected a Ray cluster at {address!r}, got an open port that doesn't answer as one. {advice} On another "
-            f"machine, ~/.ray/auth_token must be the head node's too."
+            f"expected a Ray cluster at {address!r}, got nothing that answers as one. {advice} On another machine than "
+            f"the head node, ~/.ray/auth_token must be that node's."
         ) from error
 
 

@@ -148,7 +148,7 @@ class Store:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle what is mapped from files as the place of its files, which another process maps for itself."""
         if self._folder is not None and self.is_mapped:
-            return type(self).load, (self._folder, False)
+            return type(self).load, (os.fspath(self._folder), False)
         return super().__reduce_ex__(protocol)
 
     @property

@@ -11,7 +11,6 @@ import os
 import pathlib
 import shutil
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ from pwm_gym.agents.policy_bank import PolicyBank
 from pwm_gym.agents.pwm import PWM
 from pwm_gym.cluster import RayCluster
 from pwm_gym.datasets import OfflineDataset
-from pwm_gym.envs.factory import make_task
 from pwm_gym.evaluation import episode_outcomes
+from pwm_gym.extraction.plan import Plan, begin, check
 from pwm_gym.extraction.report import TaskResult, write_report
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.progress import Progress, ProgressFile, TaskProgress, show_task_progress
@@ -38,45 +37,6 @@ SETTINGS: dict[str, Any] = {"horizon": 16, "tau": 0.05, "ent_coef": 0.0, "policy
 _EVALUATION_SEED = 10_000  # of the first real episode
 _REAL_CHUNK = 2_500  # real decisions between two saves: whole episodes of our tasks, so that a resume is exact
 _SHOWN = 10  # updates between two looks at the progress bar
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """One call of `extract`."""
-
-    world_model: WorldModel
-    dataset: OfflineDataset
-    tasks: tuple[str, ...]
-    env_ids: Mapping[str, str]
-    folder: pathlib.Path
-    updates: int
-    num_envs: int
-    shared: bool
-    finetune: bool
-    real_steps: int
-    episodes: int
-    seed: int
-    checkpoint_every: int
-    settings: dict[str, Any]
-    prefix: str = ""  # of the results' names
-
-    @property
-    def needs_env(self) -> bool:
-        return self.episodes > 0 or self.real_steps > 0
-
-    @property
-    def work(self) -> int:
-        """Units of a task that progress is counted in."""
-        return self.updates + self.real_steps + self.episodes
-
-    def names(self, tasks: Sequence[str]) -> list[str]:
-        return [f"{self.prefix}{task}" for task in tasks]
-
-    def is_done(self, tasks: Sequence[str]) -> bool:
-        return all(_result_path(self, task).exists() for task in tasks)
-
-    def make_env(self, task: str) -> gym.Env:
-        return make_task(self.env_ids.get(task, task))
 
 
 def extract(
@@ -114,8 +74,8 @@ def extract(
         updates: Policy updates for each task.
         num_envs: Imagined rollouts in an update.
         together: Tasks that are trained in one batched program (`PolicyBank`): 1 for one after another; None for all,
-            or for 1 on a cluster. The policies are the same but for rounding, unless `finetune` is set: each program fits one model to its
-            tasks.
+            or for 1 on a cluster. The policies are the same but for rounding, unless `finetune` is set: each program
+            fits one model to its tasks.
         shared: Train one policy that is conditioned on the task instead of one for each task.
         finetune: Go on fitting the model to the tasks' data while the policies train.
         real_steps: Decisions that each policy then learns for on the real env, as `PWM` does there: with the
@@ -172,7 +132,7 @@ def extract(
     if reward_in_task_units is not None:
         world_model = copy.copy(world_model)  # of the same weights
         world_model.config = dataclasses.replace(world_model.config, reward_in_task_units=reward_in_task_units)
-    plan = _Plan(
+    plan = Plan(
         world_model,
         dataset,
         chosen,
@@ -188,11 +148,11 @@ def extract(
         checkpoint_every,
         {**SETTINGS, **settings, "policy_kwargs": nested},
     )
-    _check(plan)
+    check(plan)
     plans = [plan] if isinstance(seed, int) else [_of_seed(plan, one) for one in dict.fromkeys(seed)]
     size = len(chosen) if shared else together or (len(chosen) if ray is None else 1)
     for one in plans:
-        _begin(one, size)
+        begin(one, size)
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     units = [_Unit(number, group) for number in range(len(plans)) for group in groups]
     with show_task_progress({name: plan.work for p in plans for name in p.names(chosen)}, progress_bar) as progress:
@@ -214,13 +174,13 @@ class _Unit(NamedTuple):
     tasks: tuple[str, ...]
 
 
-def _of_seed(plan: _Plan, seed: int) -> _Plan:
+def _of_seed(plan: Plan, seed: int) -> Plan:
     return dataclasses.replace(plan, seed=seed, folder=plan.folder / f"seed-{seed}", prefix=f"seed-{seed}/")
 
 
-def _report(plan: _Plan) -> dict[str, TaskResult]:
+def _report(plan: Plan) -> dict[str, TaskResult]:
     """Write the report of a finished folder and remove what was only there to go on from."""
-    results = [TaskResult.load(_result_path(plan, task)) for task in plan.tasks]
+    results = [TaskResult.load(plan.result_path(task)) for task in plan.tasks]
     write_report(results, plan.folder)
     for pattern in ("checkpoint-*.pt", "progress-*.json"):
         for leftover in plan.folder.glob(pattern):
@@ -228,93 +188,10 @@ def _report(plan: _Plan) -> dict[str, TaskResult]:
     return dict(zip(plan.names(plan.tasks), results, strict=True))
 
 
-# Before anything is trained
-
-
-def _check(plan: _Plan) -> None:
-    config, dataset, horizon = plan.world_model.config, plan.dataset, plan.settings["horizon"]
-    known = config.tasks or (dataset.tasks if config.num_tasks == 0 and len(dataset.tasks) == 1 else ())
-    if not plan.tasks or len(set(plan.tasks)) != len(plan.tasks):
-        raise ValueError(f"expected distinct tasks, got {plan.tasks}.")
-    for task in plan.tasks:
-        if task not in known:
-            raise ValueError(
-                f"expected tasks that the world model was trained on, {', '.join(known) or 'which it does not name'}; "
-                f"got {task!r}. Pre-train a model on its data: pwm_gym.pretrain(dataset, ...)."
-            )
-        lengths = dataset.lengths[dataset.task_ids == dataset.tasks.index(task)] if task in dataset.tasks else ()
-        if not len(lengths):
-            raise ValueError(
-                f"expected data of every task, got no episode of {task!r} among {dataset.num_episodes} of "
-                f"{', '.join(dataset.tasks)}. Collect some, or leave it out of `tasks`."
-            )
-        needed = max(horizon, plan.settings.get("model_horizon", 0) if plan.finetune else 0)
-        if max(lengths) < needed:
-            raise ValueError(
-                f"expected an episode of {task!r} that is at least as long as the horizon of {needed} steps, got "
-                f"{max(lengths)} at most. Use a shorter horizon."
-            )
-        own, data = (config.for_task(task) if config.num_tasks else config), dataset.of_tasks(task)
-        if (own.observation_dim, own.action_dim) != (data.observation_dim, data.action_dim):
-            raise ValueError(
-                f"expected {task!r} with {own.observation_dim} observations and {own.action_dim} actions beside its "
-                f"padding, as in the world model, got {data.observation_dim} and {data.action_dim}. The dataset's "
-                f"padding is another: import it with the task set that the model was trained on."
-            )
-        if plan.needs_env:
-            _check_env(plan, task, own.observation_dim, own.action_dim)
-
-
-def _check_env(plan: _Plan, task: str, observation_dim: int, action_dim: int) -> None:
-    try:
-        env = plan.make_env(task)
-    except gym.error.Error as error:
-        raise ValueError(
-            f"expected a registered env for {task!r}, got none ({error}). Name it with env_ids={{{task!r}: ...}}, or "
-            f"skip the evaluation with episodes=0."
-        ) from error
-    shapes = env.observation_space.shape, env.action_space.shape
-    env.close()
-    if shapes != ((observation_dim,), (action_dim,)):
-        raise ValueError(
-            f"expected an env of shapes {(observation_dim,)} and {(action_dim,)} for {task!r}, got {shapes}."
-        )
-
-
-def _begin(plan: _Plan, together: int) -> None:
-    """Make the folder, or check that the run in it was begun with the same arguments."""
-    checksum = 0
-    for value in plan.world_model.state_dict().values():
-        checksum = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), checksum)
-    left_out = {"world_model", "dataset", "folder", "checkpoint_every", "settings", "prefix"}
-    if together == 1:
-        left_out.add("tasks")  # more can be added
-    call = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in left_out}
-    call |= {"together": together, "model": checksum, "steps": plan.dataset.num_steps, "settings": repr(plan.settings)}
-    call["reward_in_task_units"] = plan.world_model.config.reward_in_task_units
-    call, note = json.loads(json.dumps(call)), plan.folder / "call.json"
-    if not note.exists():
-        with atomic_write(note) as file:
-            file.write(json.dumps(call, indent=1).encode())
-        return
-    before = json.loads(note.read_text(encoding="utf-8"))
-    differing = sorted(name for name in before | call if before.get(name) != call.get(name))
-    if differing:
-        was, now = ({name: given.get(name) for name in differing} for given in (before, call))
-        raise ValueError(
-            f"expected the arguments that {os.fspath(plan.folder)!r} was begun with, {was}, got {now}. Give the same, "
-            f"or another `out` folder for a new run."
-        )
-
-
-def _result_path(plan: _Plan, task: str) -> pathlib.Path:
-    return plan.folder / f"{task.replace('/', '_')}.json"
-
-
 # On a cluster
 
 
-def _extract_on_ray(plans: list[_Plan], units: list[_Unit], cluster: RayCluster, progress: TaskProgress) -> None:
+def _extract_on_ray(plans: list[Plan], units: list[_Unit], cluster: RayCluster, progress: TaskProgress) -> None:
     """Have a cluster work on the units; the others go on where one fails."""
     if not units:
         return
@@ -341,7 +218,7 @@ def _extract_on_ray(plans: list[_Plan], units: list[_Unit], cluster: RayCluster,
 class _Worker:
     """Works on units in a process of a cluster."""
 
-    def __init__(self, shared: tuple[list[_Plan], str]) -> None:
+    def __init__(self, shared: tuple[list[Plan], str]) -> None:
         self._plans, device = shared
         self._plans[0].world_model.to(device)  # the model of all plans
 
@@ -350,23 +227,23 @@ class _Worker:
         _extract_group(plan, unit.tasks, ProgressFile(_progress_path(plan, unit.tasks)))
 
 
-def _progress_path(plan: _Plan, tasks: Sequence[str]) -> pathlib.Path:
-    return plan.folder / f"progress-{_result_path(plan, tasks[0]).name}"
+def _progress_path(plan: Plan, tasks: Sequence[str]) -> pathlib.Path:
+    return plan.folder / f"progress-{plan.result_path(tasks[0]).name}"
 
 
 # Training and scoring
 
 
-def _extract_group(plan: _Plan, group: Sequence[str], progress: Progress) -> None:
+def _extract_group(plan: Plan, group: Sequence[str], progress: Progress) -> None:
     """Train the policies of a group in one program, then finish each."""
     agents = [_make_agent(plan, task) for task in group]
     several = plan.world_model.config.num_tasks > 0
     model = plan.world_model.for_task(group[0], share=True) if several and len(group) == 1 else plan.world_model
     data = plan.dataset.of_tasks(*group) if plan.finetune else None
     bank = PolicyBank(agents, model, shared=plan.shared, finetune=data)
-    spent = _train(plan, bank, plan.folder / f"checkpoint-{_result_path(plan, group[0]).stem}.pt", group, progress)
+    spent = _train(plan, bank, plan.folder / f"checkpoint-{plan.result_path(group[0]).stem}.pt", group, progress)
     for task, agent in zip(group, agents, strict=True):
-        path = _result_path(plan, task)
+        path = plan.result_path(task)
         if path.exists():
             progress.advance(plan.names([task]), plan.real_steps + plan.episodes)
             continue
@@ -374,7 +251,7 @@ def _extract_group(plan: _Plan, group: Sequence[str], progress: Progress) -> Non
         _finish(plan, task, path, spent / len(group), progress)
 
 
-def _make_agent(plan: _Plan, task: str) -> PWM:
+def _make_agent(plan: Plan, task: str) -> PWM:
     """Make an agent in the task's share of the model, with the real env's spaces where there is one."""
     config, data = plan.world_model.config, plan.dataset.of_tasks(task)
     model = plan.world_model.for_task(task if config.num_tasks else None, share=not plan.finetune)
@@ -388,7 +265,7 @@ def _make_agent(plan: _Plan, task: str) -> PWM:
 
 
 def _train(
-    plan: _Plan, bank: PolicyBank, checkpoint: pathlib.Path, group: Sequence[str], progress: Progress
+    plan: Plan, bank: PolicyBank, checkpoint: pathlib.Path, group: Sequence[str], progress: Progress
 ) -> np.ndarray:
     """Train to the end, from the last checkpoint where there is one; returns the seconds in all (see `_clocks`)."""
     spent = np.zeros(2)
@@ -417,7 +294,7 @@ def _clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progress: Progress) -> None:
+def _finish(plan: Plan, task: str, path: pathlib.Path, spent: np.ndarray, progress: Progress) -> None:
     """Let an offline agent learn on the real env if it is to, score it, and write its result."""
     agent, returns, successes = _load(plan, path.with_suffix(".zip")), np.zeros(0), None
     data = plan.dataset.of_tasks(task)
@@ -448,15 +325,15 @@ def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progr
     progress.advance(plan.names([task]), plan.episodes)
 
 
-def _load(plan: _Plan, path: pathlib.Path, **kwargs: Any) -> PWM:
+def _load(plan: Plan, path: pathlib.Path, **kwargs: Any) -> PWM:
     """Read an agent of this run; a schedule has no plain form in its file, so that it is given."""
     rate = plan.settings.get("learning_rate")
     return PWM.load(path, **({"learning_rate": rate} if callable(rate) else {}), **kwargs)
 
 
-def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: Progress) -> tuple[PWM, np.ndarray]:
+def _learn_for_real(plan: Plan, task: str, env: gym.Env, progress: Progress) -> tuple[PWM, np.ndarray]:
     """Go on with an offline agent on the real env and its data; returns it and the seconds (see `_clocks`)."""
-    path = _result_path(plan, task)
+    path = plan.result_path(task)
     folder, data = plan.folder / f"real-{path.stem}", plan.dataset.of_tasks(task)
     note, done, spent = folder / "state.json", 0, np.zeros(2)
     if note.exists():  # written last: it says which agent belongs to it
