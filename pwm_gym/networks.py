@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 
+from pwm_gym import kernels
+from pwm_gym.kernels import Block, Kind
+
 __all__ = [
     "ACTIVATIONS",
     "EnsembleLayerNorm",
     "EnsembleLinear",
     "EnsembleMLP",
+    "Layers",
     "Mish",
     "NormedEnsemble",
     "NormedLinear",
@@ -113,7 +117,93 @@ class SimNorm(nn.Module):
         return f"group_size={self.group_size}"
 
 
-class NormedLinear(nn.Sequential):
+class EnsembleLinear(nn.Module):
+    """E independent linear maps in one batched product: (E, N, in) -> (E, N, out)."""
+
+    def __init__(self, ensemble: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(ensemble, in_features, out_features))  # its owner initialises it
+        self.bias = nn.Parameter(torch.zeros(ensemble, 1, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply each member's map to its own input."""
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """LayerNorm over the last axis with scale and shift of its own for each member: (E, N, F) -> (E, N, F)."""
+
+    eps = 1e-5
+
+    def __init__(self, ensemble: int, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.weight = nn.Parameter(torch.ones(ensemble, 1, features))
+        self.bias = nn.Parameter(torch.zeros(ensemble, 1, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each member's features."""
+        return torch.addcmul(self.bias, F.layer_norm(x, (self.features,), eps=self.eps), self.weight)
+
+
+def _flatten(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for layer in layers:
+        if isinstance(layer, Layers):
+            yield from _flatten(layer)
+        elif not (isinstance(layer, nn.Dropout) and not layer.training):  # which does nothing
+            yield layer
+
+
+def _blocks(layers: Iterable[nn.Module]) -> list[Block] | None:
+    """Group layers into linear maps and what follows each; None where a layer is of another kind, or has hooks."""
+    remaining: list[Any] = list(_flatten(layers))
+    blocks: list[Block] = []
+    if any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in remaining):
+        return None
+    while remaining:
+        linear = remaining.pop(0)
+        if type(linear) not in (nn.Linear, EnsembleLinear) or linear.bias is None:
+            return None
+        if not remaining or type(remaining[0]) in (nn.Linear, EnsembleLinear):
+            blocks.append(Block(Kind.NOTHING, linear.weight, linear.bias))
+            continue
+        if len(remaining) == 1:
+            return None
+        first, second = remaining.pop(0), remaining.pop(0)
+        norm, other = (first, second) if isinstance(first, nn.LayerNorm | EnsembleLayerNorm) else (second, first)
+        if not isinstance(norm, nn.LayerNorm | EnsembleLayerNorm) or norm.weight is None or norm.bias is None:
+            return None
+        if isinstance(other, Mish | nn.Mish):
+            kind, groups = Kind.NORM_MISH if norm is first else Kind.MISH_NORM, 1
+        elif isinstance(other, SimNorm) and norm is first:
+            kind, groups = Kind.NORM_SIMNORM, norm.weight.shape[-1] // other.group_size
+        else:
+            return None
+        blocks.append(Block(kind, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps, groups))
+    return blocks or None
+
+
+class Layers(nn.Sequential):
+    """Layers one after another, computed by `pwm_gym.kernels` where it can.
+
+    The parameters, their names and, but for rounding, the results are those of `nn.Sequential`.
+
+    Example:
+        >>> layers = Layers(nn.Linear(3, 8), nn.LayerNorm(8), Mish())
+        >>> x = torch.randn(4, 3)
+        >>> torch.allclose(layers(x), nn.Sequential(*layers)(x), atol=1e-6)
+        True
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply all layers in turn."""
+        blocks = _blocks(self)
+        if blocks is not None and kernels.usable(x, blocks):
+            return kernels.run(blocks, x)
+        return super().forward(x)
+
+
+class NormedLinear(Layers):
     """Linear, LayerNorm, activation: TD-MPC2's block (arXiv:2310.16828, sec. 3.1).
 
     Args:
@@ -139,7 +229,7 @@ def mlp(
     activation: Callable[[], nn.Module],
     out_activation: nn.Module | None = None,
     spectral_norm: bool = False,
-) -> nn.Sequential:
+) -> Layers:
     """Build NormedLinear layers and an output layer: NormedLinear with `out_activation`, or plain Linear without.
 
     Args:
@@ -158,37 +248,10 @@ def mlp(
         layers.append(nn.Linear(widths[-1], out_features))
     else:
         layers.append(NormedLinear(widths[-1], out_features, out_activation, spectral_norm))
-    return nn.Sequential(*layers)
+    return Layers(*layers)
 
 
-class EnsembleLinear(nn.Module):
-    """E independent linear maps in one batched product: (E, N, in) -> (E, N, out)."""
-
-    def __init__(self, ensemble: int, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(ensemble, in_features, out_features))  # its owner initialises it
-        self.bias = nn.Parameter(torch.zeros(ensemble, 1, out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply each member's map to its own input."""
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
-class EnsembleLayerNorm(nn.Module):
-    """LayerNorm over the last axis with scale and shift of its own for each member: (E, N, F) -> (E, N, F)."""
-
-    def __init__(self, ensemble: int, features: int) -> None:
-        super().__init__()
-        self.features = features
-        self.weight = nn.Parameter(torch.ones(ensemble, 1, features))
-        self.bias = nn.Parameter(torch.zeros(ensemble, 1, features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each member's features."""
-        return torch.addcmul(self.bias, F.layer_norm(x, (self.features,)), self.weight)
-
-
-class EnsembleMLP(nn.Sequential):
+class EnsembleMLP(Layers):
     """E independent MLPs on one input: Linear, activation, LayerNorm per hidden layer, linear scalar output.
 
     The order of activation and LayerNorm and the orthogonal initialisation are those of PWM's critics.
@@ -224,7 +287,7 @@ class EnsembleMLP(nn.Sequential):
         return super().forward(flat).reshape(self.ensemble, *x.shape[:-1])
 
 
-class NormedEnsemble(nn.Sequential):
+class NormedEnsemble(Layers):
     """E independent MLPs of `NormedLinear` blocks on one input, with dropout in the first block: TD-MPC2's values.
 
     Args:
@@ -253,7 +316,7 @@ class NormedEnsemble(nn.Sequential):
         width = in_features
         for i, features in enumerate(hidden):
             linear, norm = EnsembleLinear(ensemble, width, features), EnsembleLayerNorm(ensemble, features)
-            layers.append(nn.Sequential(linear, nn.Dropout(0.0 if i else dropout), norm, activation()))
+            layers.append(Layers(linear, nn.Dropout(0.0 if i else dropout), norm, activation()))
             width = features
         super().__init__(*layers, EnsembleLinear(ensemble, width, out_features))
         self.ensemble = ensemble

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A module imports from lower floors and from its own. Agents never import envs.
 FLOORS = {
     "functional": 0,
+    "kernels": 0,
     "networks": 0,
     "serialization": 0,
     "foreign": 0,

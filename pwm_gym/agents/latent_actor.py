@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pwm_gym.networks import Layers
+
 __all__ = ["LatentActor"]
 
 
@@ -50,7 +52,7 @@ class LatentActor(nn.Module):
         for features in net_arch:
             layers += [nn.Linear(width, features), activation_fn(), nn.LayerNorm(features)]
             width = features
-        self.features = nn.Sequential(*layers)
+        self.features = Layers(*layers)
         self.mean = nn.Linear(width, action_dim)
         self.use_sde = use_sde
         shape, offset = ((width, action_dim), 0.5 * math.log(width)) if use_sde else ((action_dim,), 0.0)
