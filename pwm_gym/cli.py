@@ -6,6 +6,7 @@ import argparse
 import inspect
 import pathlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import rich
 from stable_baselines3.common.utils import get_device
@@ -16,7 +17,7 @@ from pwm_gym.collection import collect
 from pwm_gym.datasets import OfflineDataset
 from pwm_gym.extraction import SETTINGS, extract
 from pwm_gym.replay import SequenceReplayBuffer
-from pwm_gym.training import PAPER, pretrain
+from pwm_gym.training import PAPER, Ranks, pretrain
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["main"]
@@ -96,7 +97,7 @@ def _add_import_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
-    """Train a world model on a dataset; a run that was killed goes on when called again."""
+    """Train a world model on a dataset, under torchrun in several processes; a run that was killed goes on."""
     parser.add_argument("path", metavar="DATASET", help="folder of the dataset")
     parser.add_argument("--out", required=True, help="folder of the run: checkpoint, model, validation")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to train on; all without")
@@ -119,18 +120,24 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--no-planning", action="store_true", help="without value ensemble and policy prior")
     parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard")
+    parser.add_argument("--sharded", action="store_true", help="under torchrun: share out the weights (FSDP)")
 
     def run(args: argparse.Namespace) -> None:
         given = {name: value for name, value in vars(args).items() if name in names}
-        dataset = OfflineDataset.load(args.path)
-        pretrain(
-            dataset.of_tasks(*args.tasks) if args.tasks else dataset,
-            **{**(PAPER if args.paper else {}), **given},
-            planning=not args.no_planning,
-            out=args.out,
-            tensorboard=args.tensorboard,
-            progress_bar=True,
-        )
+        several = Ranks.join(given.pop("device", "auto"), args.sharded) if Ranks.launched() else nullcontext()
+        with several as ranks:
+            dataset = (ranks or Ranks()).together("open the dataset", lambda: OfflineDataset.load(args.path))
+            pretrain(
+                dataset.of_tasks(*args.tasks) if args.tasks else dataset,
+                **{**(PAPER if args.paper else {}), **given},
+                planning=not args.no_planning,
+                out=args.out,
+                tensorboard=args.tensorboard,
+                progress_bar=True,
+                ranks=ranks,
+            )
+            if ranks is not None and ranks.rank > 0:
+                return
         rich.print((pathlib.Path(args.out) / "summary.json").read_text(encoding="utf-8"))
 
     parser.set_defaults(run=run)
