@@ -280,7 +280,7 @@ def test_asking_for_a_cluster_without_ray_says_how_to_install_it(tmp_path, monke
 # Two nodes
 
 
-def start_nodes(count: int = 2, **head):
+def start_nodes(count: int = 2):
     """Begin a cluster of nodes with one processor each, on this machine."""
     pytest.importorskip("ray")
     from pwm_gym.cluster import _import_ray
@@ -288,8 +288,9 @@ def start_nodes(count: int = 2, **head):
     _import_ray().shutdown()
     from ray.cluster_utils import Cluster
 
-    options = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **options})
+    options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_log_monitor": False}
+    head = {"include_dashboard": False, "no_monitor": True, **options}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     return cluster, [cluster.add_node(**options) for _ in range(count - 1)]
 
 

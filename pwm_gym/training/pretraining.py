@@ -94,6 +94,16 @@ def _make_model(
     return WorldModel(config, observation_space or dataset.observation_space, action_space or dataset.action_space)
 
 
+def _rate_share(step: int, settings: dict[str, Any]) -> float:
+    """Share of the learning rate at a step: a linear warm-up, then constant or half a cosine down to 0."""
+    warmup, updates = settings["warmup"], settings["updates"]
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings["learning_rate_schedule"] == "constant":
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, updates - warmup)))
+
+
 class _FiniteWindows:
     """A dataset that hands out this process's part of each batch, and refuses NaNs and infinities."""
 
@@ -156,7 +166,7 @@ class _Run:
         return self._loss
 
     def update(self, dataset: OfflineDataset) -> dict[str, Tensor]:
-        settings, share = self.settings, self._rate_share()
+        settings, share = self.settings, _rate_share(self.step, self.settings)
         set_learning_rate(self.optimizer, share * settings["learning_rate"])
         if self.planning is not None:
             set_learning_rate(self.planning.optimizer, share * settings["policy_learning_rate"])
@@ -192,15 +202,6 @@ class _Run:
         model = WorldModel(self.model.config, self.model.observation_space, self.model.action_space)
         model.load_state_dict(self.ranks.full(dict(self.model.state_dict())))
         return model.to(self.model.device, self.model.dtype).eval()
-
-    def _rate_share(self) -> float:
-        """Share of the learning rate at this step: a linear warm-up, then constant or half a cosine down to 0."""
-        warmup, updates = self.settings["warmup"], self.settings["updates"]
-        if self.step < warmup:
-            return (self.step + 1) / warmup
-        if self.settings["learning_rate_schedule"] == "constant":
-            return 1.0
-        return 0.5 * (1.0 + math.cos(math.pi * (self.step - warmup) / max(1, updates - warmup)))
 
     def save(self, path: pathlib.Path) -> None:
         """Write a checkpoint, once for all processes; each must call it."""

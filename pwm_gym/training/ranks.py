@@ -246,7 +246,7 @@ class Ranks:
         others = [parameter for parameter in (*apart, *idle) if parameter.requires_grad]
         for parameter in others:  # whose gradients would be waited for
             parameter.requires_grad_(False)
-        wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
         for parameter in others:
             parameter.requires_grad_(True)
         return wrapped
