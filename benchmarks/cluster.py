@@ -1,4 +1,4 @@
-"""What a cluster costs and gives: python benchmarks/cluster.py extract | ranks [--out results/cluster]
+"""What a cluster costs and gives: python benchmarks/cluster.py extract | ranks [--out results/cluster].
 
 extract: eight tasks of a 19M model, one after another here, on Ray with the model shared, and on Ray with a copy of it
 in each process: whether the policies are equal, the time that Ray adds to a unit, the memory of a process.

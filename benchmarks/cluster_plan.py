@@ -1,4 +1,4 @@
-"""What MT80 costs at 48M and 317M on 1, 8 and 64 GPUs: python benchmarks/cluster_plan.py [--out results/cluster]
+"""What MT80 costs at 48M and 317M on 1, 8 and 64 GPUs: python benchmarks/cluster_plan.py [--out results/cluster].
 
 Counts what can be counted (FLOPs, bytes of weights, activations, windows and messages, by running one update on
 torch's "meta" device, which computes shapes alone), takes rates that were measured here from results/, and assumes

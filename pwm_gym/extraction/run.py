@@ -200,8 +200,8 @@ def _extract_on_ray(plans: list[Plan], units: list[_Unit], cluster: RayCluster, 
     sent = [dataclasses.replace(p, world_model=model, folder=p.folder.resolve()) for p in plans]
     failures = []
     for event in cluster.run(_Worker, (sent, cluster.device), units, sent[-1].folder / "call.json"):
-        for unit in units:
-            progress.show(ProgressFile.read(_progress_path(plans[unit.plan], unit.tasks)))
+        for path in (path for plan in plans for path in plan.folder.glob("progress-*.json")):
+            progress.show(ProgressFile.read(path))
         if event is not None:
             plan, tasks = plans[units[event.number].plan], units[event.number].tasks
             progress.show(dict.fromkeys(plan.names(tasks), plan.work))

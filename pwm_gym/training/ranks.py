@@ -104,8 +104,11 @@ class Ranks:
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=span)
         try:
             yield ranks
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            if backend == "gloo":  # nccl could wait for the others first; the end of this process tells them, too
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
     # What processes must agree on
 
@@ -119,7 +122,7 @@ class Ranks:
         try:
             self._store.wait(keys, timedelta(seconds=self._timeout))
         except (dist.DistError, RuntimeError) as error:
-            silent = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+            silent = [str(rank) for rank, key in enumerate(keys) if not self._has(key)]
             raise ConnectionError(
                 f"expected all {self.size} processes to say their {what} within {self._timeout:g} s, got nothing from "
                 f"{', '.join(silent)}. The reason stands in their logs."
@@ -130,6 +133,12 @@ class Ranks:
         while self.rank == 0 and self._store.add(read, 0) < self.size and time.monotonic() < until:
             time.sleep(0.01)  # the values are kept in this process, which may end next
         return values
+
+    def _has(self, key: str) -> bool:
+        try:
+            return self._store.check([key])
+        except (dist.DistError, RuntimeError):  # the process that keeps the values is gone
+            return False
 
     def agree(self, what: str, value: dict[str, Any]) -> None:
         """Check that all processes have equal values.
