@@ -138,7 +138,18 @@ def train(data: pathlib.Path, out: pathlib.Path, processes: int, *more: str, kil
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "pwm_gym", "pretrain", str(data), "--out", str(out), "--size", "1M", "--device", "cpu"]
-    command += ["--updates", str(UPDATES), "--batch-size", "32", "--checkpoint-every", "2", "--tensorboard", *more]
+    command += [
+        "--updates",
+        str(UPDATES),
+        "--batch-size",
+        "16",
+        "--horizon",
+        "3",
+        "--checkpoint-every",
+        "5",
+        "--tensorboard",
+        *more,
+    ]
     with (out.parent / f"{out.name}.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while kill_at is not None and process.poll() is None:

@@ -302,9 +302,12 @@ def test_run_completes_when_a_node_is_killed_with_nothing_lost_or_done_twice(tmp
     done_before: dict[pathlib.Path, float] = {}
 
     def kill() -> None:
-        while len(list(tmp_path.glob("there/*/checkpoint-*.pt"))) < 2:  # both nodes are at work
-            time.sleep(0.05)
-        done_before.update({path: path.stat().st_mtime for path in tmp_path.glob("there/*/*-v*.json")})
+        done, begun = [], []
+        while not done or len(begun) < len(done) + 2:  # a unit is done, and both nodes are at work on others
+            done = [path for task in TASKS for path in tmp_path.glob(f"there/*/{task}.json")]
+            begun = list(tmp_path.glob("there/*/checkpoint-*.pt"))
+            time.sleep(0.02)
+        done_before.update({path: path.stat().st_mtime for path in done})
         cluster.remove_node(node, allow_graceful=False)
 
     killer = threading.Thread(target=kill)
@@ -320,7 +323,7 @@ def test_run_completes_when_a_node_is_killed_with_nothing_lost_or_done_twice(tmp
     for name, result in here.items():
         assert result.returns == there[name].returns
         assert_equal_agents(result.agent, there[name].agent)
-    assert all(path.stat().st_mtime == then for path, then in done_before.items())
+    assert done_before and all(path.stat().st_mtime == then for path, then in done_before.items())
 
 
 @pytest.mark.expensive

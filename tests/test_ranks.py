@@ -137,8 +137,9 @@ def trained_alone(dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch, **ar
         losses.append({name: float(value) for name, value in mean(run, metrics).items()})
         return metrics
 
-    monkeypatch.setattr(pretraining._Run, "mean", recorded)
-    pretrain(dataset, "1M", **{**TINY, **arguments})
+    with monkeypatch.context() as patched:
+        patched.setattr(pretraining._Run, "mean", recorded)
+        pretrain(dataset, "1M", **{**TINY, **arguments})
     return losses
 
 
