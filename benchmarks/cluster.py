@@ -65,6 +65,7 @@ def measuring(folder: pathlib.Path, copies: bool) -> type:
 
     class Worker(extraction._Worker):
         def __init__(self, shared: Any) -> None:
+            self._before = own_memory()["uss_mb"]
             if copies:
                 plans, device = shared
                 model, for_task = copy.deepcopy(plans[0].world_model), WorldModel.for_task
@@ -74,7 +75,7 @@ def measuring(folder: pathlib.Path, copies: bool) -> type:
 
         def __call__(self, unit: Any) -> None:
             super().__call__(unit)
-            (folder / f"{os.getpid()}.json").write_text(json.dumps(own_memory()))
+            (folder / f"{os.getpid()}.json").write_text(json.dumps(own_memory() | {"begun_with_mb": self._before}))
 
     return Worker
 
@@ -95,7 +96,7 @@ def run_extraction(out: pathlib.Path, size: str) -> None:
     dims: dict[str, Any] = {"observation_dim": 39, "action_dim": 6, "tasks": TASKS}
     model, dataset = WorldModel(WorldModelConfig.preset(size, **dims)).eval(), make_dataset(TASKS)
     folder = pathlib.Path(tempfile.mkdtemp())
-    plain = extraction._Worker
+    plain, before = extraction._Worker, own_memory()["uss_mb"]
     for way in ("here", "shared", "copies"):
         (folder / "memory" / way).mkdir(parents=True)
         extraction._Worker = plain if way == "here" else measuring(folder / "memory" / way, way == "copies")
@@ -103,11 +104,11 @@ def run_extraction(out: pathlib.Path, size: str) -> None:
         results = extract(model, dataset, out=folder / way, ray=None if way == "here" else RayCluster(), **SETTINGS)
         seconds = time.perf_counter() - began
         memory = [json.loads(path.read_text()) for path in (folder / "memory" / way).iterdir()]
-        memory = memory or [own_memory()]
+        memory = memory or [own_memory() | {"begun_with_mb": before}]
         row = {"size": size, "model_mb": round(4 * sum(p.numel() for p in model.parameters()) / 2**20, 1), "way": way}
         row |= {"processes": len(memory), "seconds": round(seconds, 1)}
         row["training_cpu_seconds"] = round(sum(result.cpu_seconds for result in results.values()), 1)
-        row |= {name: round(float(np.mean([one[name] for one in memory])), 1) for name in ("pss_mb", "uss_mb")}
+        row |= {name: round(float(np.mean([one[name] for one in memory])), 1) for name in memory[0]}
         row["equal_to_here"] = way == "here" or equal(folder / "here", folder / way)
         print(row, flush=True)
         put_row(out / "extraction.csv", row, ("size", "way"))

@@ -12,6 +12,7 @@ import csv
 import functools
 import math
 import pathlib
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,11 +36,12 @@ BATCH, HORIZON = PAPER["batch_size"], PAPER["horizon"]
 # Assumed of an NVIDIA H100 SXM, by its data sheet: dense matrix products, memory, links in one direction.
 TF32, BF16, MEMORY, MEMORY_RATE = 495e12, 989e12, 80e9, 3.35e12
 NVLINK, NETWORK, GPUS_OF_A_NODE = 450e9, 50e9, 8  # 400 Gbit/s InfiniBand for each GPU
+SLOW_NETWORK = 12.5e9 / GPUS_OF_A_NODE  # 100 Gbit/s Ethernet for a node, to compare
 # Assumed of how much of it one gets. Products of 1024 to 16,384 rows are no large language model's.
 UTILISATION, LINK_UTILISATION = 0.35, 0.7
 LATENCY = 20e-6  # seconds of one hop of a message
 LAUNCH = 6e-6  # seconds of starting one kernel from Python, which an update of few rows can't go below
-DISK_RATE, DISK_READS = 3e9, 400e3  # of an NVMe SSD: bytes/s, and random reads/s
+DISK_READS = 400e3  # random reads/s of a node's NVMe SSD, where the data is not in its memory; three for each window
 
 EXTRACTION = {"updates": 3_000, "rollouts": 64, "horizon": 16, "seeds": 10, "share_of_gpu": 0.25}
 
@@ -112,43 +114,45 @@ def _update_prior(model: WorldModel, latents: torch.Tensor, task: torch.Tensor |
     torch.autograd.grad(logits.mean() + sample.entropy.mean(), list(model.policy_prior.parameters()))
 
 
-def all_reduce_seconds(size: float, gpus: int) -> float:
-    """Time a ring's all-reduce: 2 (N - 1) / N of the bytes through each link, and 2 (N - 1) hops."""
+def all_reduce_seconds(size: float, gpus: int, network: float = NETWORK) -> float:
+    """Time an all-reduce by rings, one through each GPU's own network link: 2 (N - 1) / N of the bytes, and hops."""
     if gpus == 1:
         return 0.0
-    rate = (NVLINK if gpus <= GPUS_OF_A_NODE else NETWORK) * LINK_UTILISATION
-    return 2 * (gpus - 1) / gpus * size / rate + 2 * (min(gpus, 16) - 1) * LATENCY  # trees beyond 16
+    rate = NVLINK if gpus <= GPUS_OF_A_NODE else min(NVLINK, network * GPUS_OF_A_NODE)
+    return 2 * (gpus - 1) / gpus * size / (rate * LINK_UTILISATION) + 2 * math.ceil(math.log2(gpus)) * LATENCY
 
 
-def plan(size: str, gpus: int, bf16: bool) -> dict[str, Any]:
+def plan(size: str, gpus: int, bf16: bool, sample_rate: float) -> dict[str, Any]:
     """Plan pre-training of one size on some GPUs, at the published global batch."""
-    whole = count(size, BATCH)
+    whole, rows = count(size, BATCH), BATCH // gpus
     own = whole._replace(flops=whole.flops / gpus, activations=whole.activations / gpus)  # both are of windows
     compute = own.flops / ((BF16 if bf16 else TF32) * UTILISATION)
     launches = own.kernels * LAUNCH
-    network = all_reduce_seconds(4.0 * own.parameters, gpus)
+    network, slow = (all_reduce_seconds(4.0 * own.parameters, gpus, rate) for rate in (NETWORK, SLOW_NETWORK))
     optimizer = 4.0 * 7 * own.parameters / MEMORY_RATE  # reads weight, gradient, two moments; writes three
     window = 4 * ((HORIZON + 1) * OBSERVATIONS + HORIZON * (ACTIONS + 1))
-    reading = max(BATCH // gpus * 3 / (DISK_READS / GPUS_OF_A_NODE), BATCH // gpus * window / DISK_RATE)
+    reading = rows * window / sample_rate  # by the process itself, before it starts its kernels
+    disk = rows * min(gpus, GPUS_OF_A_NODE) * 3 / DISK_READS  # of a node; beside all else
     # Messages go beside the backward pass, two thirds of the work; kernels are started while others run.
     busy = max(compute, launches)
-    step = busy + optimizer + max(0.0, network - 2 / 3 * busy)
-    parts = {"compute": compute, "kernel launches": launches, "network": network, "reading": reading}
-    waits = {"compute": compute, "kernel launches": launches, "network": network - 2 / 3 * busy, "reading": reading}
+    step = max(reading + busy + optimizer + max(0.0, network - 2 / 3 * busy), disk)
+    parts = {"compute": compute, "kernel launches": launches, "network": network, "reading": reading, "disk": disk}
+    waits = parts | {"network": network - 2 / 3 * busy}
     memory = 16.0 * own.parameters + own.activations * (0.6 if bf16 else 1.0)
     return {
         "size": size,
         "gpus": gpus,
         "precision": "bf16" if bf16 else "tf32",
-        "windows_of_each": BATCH // gpus,
+        "windows_of_each": rows,
         "tflop_of_an_update": round(whole.flops / 1e12, 2),
         **{f"{name.replace(' ', '_')}_ms": round(1e3 * value, 2) for name, value in parts.items()},
-        "update_ms": round(1e3 * max(step, reading), 2),
+        "update_ms": round(1e3 * step, 2),
         "bottleneck": max(waits, key=lambda name: waits[name]),
-        "hours": round(UPDATES * max(step, reading) / 3600, 1),
-        "gpu_hours": round(gpus * UPDATES * max(step, reading) / 3600),
+        "hours": round(UPDATES * step / 3600, 1),
+        "gpu_hours": round(gpus * UPDATES * step / 3600),
         "speedup_over_1": 0.0,
         "memory_gb_of_each": round(memory / 1e9, 1),
+        "network_ms_at_100_gbit_s": round(1e3 * slow, 2),
         "sent_gb_of_each_update": round(2 * (gpus - 1) / gpus * 4 * own.parameters / 1e9, 2),
         "checkpoint_gb": round(12 * own.parameters / 1e9, 1),
         "exaflop_in_all": round(whole.flops * UPDATES / 1e18),
@@ -187,25 +191,54 @@ def measured() -> dict[str, float]:
         rates = {row["part"]: float(row["rate_per_second"]) for row in csv.DictReader(file)}
     # benchmarks/datasets.py trains the 5M model of one task on windows of 16 steps, without planning.
     window = count("5M", 64, tasks=0, planning=False).flops / 64
-    return {"core_gflops": rates["train"] * window / 1e9, "sample_mb_s": rates["sample"]}
+    with (RESULTS / "extraction/batched.csv").open() as file:
+        extracted = {row["model"]: float(row["one_by_one_s"]) / float(row["tasks"]) for row in csv.DictReader(file)}
+    units = TASKS * EXTRACTION["seeds"] * EXTRACTION["updates"] / 3600
+    hours = {f"{size}_extraction_core_hours": seconds * units for size, seconds in extracted.items()}
+    return {"core_gflops": rates["train"] * window / 1e9, "sample_mb_s": rates["sample"], **hours}
+
+
+def seconds_of_an_operation() -> float:
+    """Time what starting an operation costs on the host: one thread, an update of one window, layers of eight."""
+    torch.set_num_threads(1)
+    dims: dict[str, Any] = {"latent_dim": 8, "encoder_dim": 8, "encoder_layers": 3, "mlp_dim": 8, "num_q": 5}
+    model = WorldModel(WorldModelConfig(OBSERVATIONS, ACTIONS, num_tasks=2, policy_prior=True, **dims))
+    model.to(torch.float64)  # by PyTorch's own operations, as on a GPU
+    windows = torch.rand(HORIZON + 1, 1, OBSERVATIONS).double(), torch.rand(HORIZON, 1, ACTIONS).double()
+    rewards, ends = torch.rand(HORIZON, 1).double(), torch.zeros(HORIZON, 1, dtype=torch.bool)
+    learner, task = PlanningLearner(model), torch.zeros(1, dtype=torch.int64)
+
+    def update() -> None:
+        world_model_loss(model, *windows, rewards, ends, 0.99, task, learner)[0].backward()
+
+    with _Kernels() as kernels:
+        update()
+    spent = []
+    for _ in range(5):
+        began = time.thread_time()
+        update()
+        spent.append(time.thread_time() - began)
+    return min(spent) / kernels.count
 
 
 def queue(units: int, gpus: int, seconds: float, spread: float = 0.15) -> float:
     """Simulate units of work, handed out one by one to whoever is free; gives the share of the time that is lost."""
     rng, free = np.random.default_rng(0), np.zeros(gpus)
     times = seconds * rng.lognormal(-(spread**2) / 2, spread, units)
-    for time in times:
-        free[free.argmin()] += time
+    for one in times:
+        free[free.argmin()] += one
     return 1.0 - times.sum() / gpus / float(free.max())
 
 
 def main() -> None:
-    """Write plan.csv, extraction.csv and plan.md."""
+    """Write plan.csv and extraction_plan.csv, and print what they rest on."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "cluster")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    rows = [plan(size, gpus, bf16) for size in SIZES for bf16 in (False, True) for gpus in (1, 8, 64)]
+    here = measured()
+    rate = 1e6 * here["sample_mb_s"]
+    rows = [plan(size, gpus, bf16, rate) for size in SIZES for bf16 in (False, True) for gpus in (1, 8, 64)]
     for row in rows:
         alone = next(r for r in rows if (r["size"], r["precision"], r["gpus"]) == (row["size"], row["precision"], 1))
         row["speedup_over_1"] = round(alone["hours"] / row["hours"], 1)
@@ -213,12 +246,11 @@ def main() -> None:
     policies = [extraction(size, gpus) for size in SIZES for gpus in (1, 8, 64)]
     for row in policies:
         slots = math.ceil(row["gpus"] / EXTRACTION["share_of_gpu"])
-        row["idle_share_simulated"] = round(queue(row["units"], slots, 1.0), 3)
+        row["idle_share_simulated"] = round(float(queue(row["units"], slots, 1.0)), 3)
     write_rows(out / "extraction_plan.csv", policies)
-    here = measured()
     stored = 4 * (STEPS * (OBSERVATIONS + ACTIONS + 1) + EPISODES * OBSERVATIONS) / 1e9
     print(f"MT80 on disk: {stored:.0f} GB; a window of {HORIZON} steps: {4 * (17 * 39 + 16 * 7)} bytes")
-    print(f"one CPU thread here: {here['core_gflops']:.1f} GFLOP/s, {here['sample_mb_s']:.0f} MB/s of windows")
+    print(f"one CPU thread here: {here}; {1e6 * seconds_of_an_operation():.1f} us for starting an operation")
     for size in SIZES:
         update = count(size, BATCH)
         days = update.flops * UPDATES / (here["core_gflops"] * 1e9) / 86400

@@ -27,7 +27,7 @@ __all__ = ["Finished", "RayCluster"]
 
 _TICK = 0.5  # seconds between two looks at the cluster, at most
 _NODES_EVERY = 5.0  # seconds between two looks at its nodes
-_CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 20.0  # to reach an address, and for what listens there to answer as Ray does
+_CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0  # to reach an address, and for what listens there to answer as Ray does
 _STORE_BYTES = 160 * 2**20  # of a local object store, beside what is shared
 
 

@@ -204,9 +204,10 @@ def _extract_on_ray(plans: list[Plan], units: list[_Unit], cluster: RayCluster, 
             progress.show(ProgressFile.read(path))
         if event is not None:
             plan, tasks = plans[units[event.number].plan], units[event.number].tasks
-            progress.show(dict.fromkeys(plan.names(tasks), plan.work))
             _progress_path(plan, tasks).unlink(missing_ok=True)
-            if event.failure is not None:
+            if event.failure is None:
+                progress.show(dict.fromkeys(plan.names(tasks), plan.work))
+            else:
                 failures.append(f"{', '.join(plan.names(tasks))}: {event.failure}")
     if failures:
         raise ValueError(
