@@ -298,7 +298,7 @@ def start_nodes(count: int = 2):
 @pytest.mark.expensive
 def test_run_completes_when_a_node_is_killed_with_nothing_lost_or_done_twice(tmp_path):
     cluster, (node,) = start_nodes()
-    arguments = {**TINY, "updates": 100, "checkpoint_every": 10, "episodes": 1, "seed": [0, 1]}
+    arguments = {**TINY, "updates": 60, "checkpoint_every": 10, "episodes": 1, "seed": [0, 1]}
     done_before: dict[pathlib.Path, float] = {}
 
     def kill() -> None:
