@@ -124,6 +124,8 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> None:
         given = {name: value for name, value in vars(args).items() if name in names}
+        if args.sharded and not Ranks.launched():
+            raise ValueError("expected several processes to share the weights, got one: start them by torchrun.")
         several = Ranks.join(given.pop("device", "auto"), args.sharded) if Ranks.launched() else nullcontext()
         with several as ranks:
             dataset = (ranks or Ranks()).together("open the dataset", lambda: OfflineDataset.load(args.path))

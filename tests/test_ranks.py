@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from pwm_gym import OfflineDataset, WorldModel, pretrain
+from pwm_gym import OfflineDataset, WorldModel, cli, pretrain
 from pwm_gym.datasets import Episode
 from pwm_gym.networks import PartDropout
 from pwm_gym.training import Ranks, pretraining
@@ -246,6 +246,16 @@ def test_joining_without_torchrun_says_so(monkeypatch):
     assert not Ranks.launched()
     with pytest.raises(ValueError, match="expected to be started by torchrun, got no RANK"), Ranks.join():
         pass
+
+
+def test_sharing_of_weights_and_training_alone_under_torchrun_are_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "data", "--out", "run", "--sharded"])
+    assert "start them by torchrun" in capsys.readouterr().err
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="expected `ranks` in a script that torchrun started"):
+        pretrain(make_dataset(), "1M", updates=1, **TINY)
 
 
 @pytest.mark.expensive

@@ -359,6 +359,10 @@ def pretrain(
         raise ValueError("expected `out` beside tensorboard=True: the folder that the logs go to.")
     if out is not None and held_out and importlib.util.find_spec("matplotlib") is None:
         raise ImportError('the picture of the validation needs matplotlib: pip install "pwm-gym[examples]"')
+    if ranks is None and Ranks.launched():
+        raise ValueError(
+            "expected `ranks` in a script that torchrun started: pretrain(..., ranks=ranks) in Ranks.join()."
+        )
     ranks = ranks or Ranks()
     train, held = dataset.split(held_out, seed) if held_out else (dataset, None)
     device = ranks.device or get_device(device)
