@@ -66,7 +66,7 @@ with Ranks.join("cpu", sharded="sharded" in steps, timeout=60) as ranks:
     if "begin" in steps:
         pretrain(dataset, "1M", updates=10, out=folder / "run", ranks=ranks, **tiny)
     if "long" in steps:
-        pretrain(dataset, "1M", updates=400, out=folder / "run", ranks=ranks, **tiny)
+        pretrain(dataset, "1M", updates=40, out=folder / "run", ranks=ranks, **tiny)
     if "refuse" in steps:
         said["part"] = [ranks.part(6).start, ranks.part(6).stop]
         other = "absent" if ranks.rank else "data"
@@ -288,8 +288,8 @@ def test_a_killed_process_ends_the_run_which_goes_on_in_one_or_two(tmp_path, mon
     complaints = finish(again)
     assert [process.returncode for process in again] == [0, 0], complaints
     dataset = OfflineDataset.load(tmp_path / "data")
-    trained_alone(dataset, monkeypatch, updates=400, out=tmp_path / "run")
-    trained_alone(dataset, monkeypatch, updates=400, out=tmp_path / "whole")
+    trained_alone(dataset, monkeypatch, updates=40, out=tmp_path / "run")
+    trained_alone(dataset, monkeypatch, updates=40, out=tmp_path / "whole")
     whole = WorldModel.load(tmp_path / "whole/world_model.pt")
     for folder in (tmp_path / "run", tmp_path / "two/run"):
         assert_close(WorldModel.load(folder / "world_model.pt"), whole, 1e-3)
