@@ -6,7 +6,9 @@ import functools
 import pathlib
 import platform
 import zlib
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 __all__ = ["differences", "source_checksum", "versions"]
 
@@ -45,7 +47,7 @@ def source_checksum() -> str:
     return f"{checksum:08x}"
 
 
-def differences(here: dict[str, str], there: dict[str, str]) -> str:
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     """Name what differs between two processes; "" where nothing does.
 
     Args:
@@ -56,5 +58,5 @@ def differences(here: dict[str, str], there: dict[str, str]) -> str:
         >>> differences({"torch": "2.12.0"}, {"torch": "2.13.0"})
         "torch '2.12.0' and '2.13.0'"
     """
-    names = [name for name in here | there if here.get(name) != there.get(name)]
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     return ", ".join(f"{name} {here.get(name)!r} and {there.get(name)!r}" for name in names)

@@ -97,7 +97,8 @@ class Ranks:
                 f"expected {ranks.size} processes to meet at {where} within {timeout:g} s, got fewer ({error}). Are "
                 f"all started, and is the port open between their machines?"
             ) from error
-        ranks.agree("versions", versions() | {"source": source_checksum(), "device": chosen.type})
+        what = {"source": source_checksum(), "device": chosen.type, "sharded": sharded}
+        ranks.agree("versions", versions() | what)
         store = dist.PrefixStore("group", ranks._store)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         span = timedelta(seconds=patience)
