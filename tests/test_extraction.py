@@ -52,7 +52,7 @@ def make_model(tasks=TASKS, seed=0) -> WorldModel:
 
 
 def weights(path) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in PWM.load(path).policy.state_dict().items() if "latent_actor" in k or "critic" in k}
+    return {k: v for k, v in PWM.load(path).policy.state_dict().items() if k.startswith(("actor.latent", "critic"))}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_device
 from torch import Tensor, nn
 
+from pwm_gym.agents.averaging import WeightAverage
 from pwm_gym.agents.latent_actor import LatentActor
 from pwm_gym.networks import EnsembleMLP, Mish
 from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
@@ -157,6 +158,9 @@ class SafeFile(BasePolicy):
 class PWMActor(SafeFile):
     """The part that acts: world model (for its encoder) and latent actor, from real observations to actions.
 
+    Deterministic actions come from the average of recent weights, of encoder and latent actor alike, once
+    `update_average` was called; exploring ones from the latest.
+
     Args:
         observation_space: Real observation space.
         action_space: Real action space.
@@ -168,11 +172,12 @@ class PWMActor(SafeFile):
         use_sde: Explore with gSDE; see `LatentActor` and `reset_noise`.
         features_extractor_class: Goes in front of the world model's encoder; None to flatten observations.
         features_extractor_kwargs: Its arguments beside the observation space.
+        averaged_share: Share of the updates that the average runs over, in [0, 1]; 0 for the latest weights alone.
         normalize_images: Not used; SB3 passes it.
 
     Raises:
         TypeError: If a space is of a kind that a world model can't take.
-        ValueError: If `features_extractor_kwargs` come without a class.
+        ValueError: If `features_extractor_kwargs` come without a class, or `averaged_share` is out of range.
     """
 
     noise: Tensor | None
@@ -189,6 +194,7 @@ class PWMActor(SafeFile):
         use_sde: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
+        averaged_share: float = 0.0,
         normalize_images: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True, normalize_images=False)
@@ -207,7 +213,10 @@ class PWMActor(SafeFile):
             "use_sde": use_sde,
             "features_extractor_class": features_extractor_class,
             "features_extractor_kwargs": features_extractor_kwargs,
+            "averaged_share": averaged_share,
         }
+        self._averaged_share = averaged_share
+        self._make_average()
         self.generator: torch.Generator | None = None  # of exploration noise; None for torch's global one
         self.register_buffer("noise", None, persistent=False)  # gSDE's ε in use, (n_envs, F, A)
 
@@ -244,9 +253,38 @@ class PWMActor(SafeFile):
         assert self.noise is not None
         return self.noise if len(self.noise) == count else self.noise[:1]
 
+    def _acting_modules(self) -> dict[str, nn.Module]:
+        modules = {"encoder": self.world_model.encoder, "latent_actor": self.latent_actor}
+        extractor = self.world_model.features_extractor
+        return modules if extractor is None else {**modules, "features_extractor": extractor}
+
+    def _make_average(self) -> None:
+        share = self._averaged_share
+        self.average = WeightAverage(self._acting_modules(), share) if share else None
+
+    def adopt(self, world_model: WorldModel) -> None:
+        """Take this very model from now on, of the same widths as the own."""
+        self.world_model = world_model
+        self._make_average()
+
+    def update_average(self) -> None:
+        """Count the weights as they are now into the average that acts deterministically."""
+        if self.average is not None:
+            self.average.update(self._acting_modules())
+
+    def reset_average(self) -> None:
+        """Let the latest weights act until the next `update_average`: for when they were set from outside."""
+        if self.average is not None:
+            self.average.reset()
+
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         """Act on a batch of real observations; returns actions in [-1, 1], (B, A)."""
-        z = self.world_model.encode(self.world_model.preprocess(observation))
+        model = self.world_model
+        if deterministic and self.average is not None and self.average.started:
+            modules = dict(self.average.copies.items())
+            z = modules["encoder"](model.preprocess(observation, modules.get("features_extractor")))
+            return modules["latent_actor"](z)[0]
+        z = model.encode(model.preprocess(observation))
         return self.latent_actor(z, None if deterministic else self._exploration_noise(len(z)))[0]
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
@@ -307,6 +345,8 @@ class PWMPolicy(SafeFile):
         features_extractor_class: An SB3 features extractor in front of the world model's encoder, trained by the
             model's loss; None to flatten observations.
         features_extractor_kwargs: Its arguments beside the observation space.
+        averaged_share: Deterministic actions come from the average of the weights over about this share of the
+            updates (see `WeightAverage`); 0 for the latest weights.
         world_model_kwargs: {"size": a preset} and any field of `WorldModelConfig`.
         model_learning_rate: Learning rate of the world model.
         optimizer_class: Optimizer of actor and critics.
@@ -326,6 +366,7 @@ class PWMPolicy(SafeFile):
         use_sde: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
+        averaged_share: float = 0.03,
         world_model_kwargs: dict[str, Any] | None = None,
         model_learning_rate: float = 5e-4,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
@@ -343,6 +384,7 @@ class PWMPolicy(SafeFile):
             "use_sde": use_sde,
             "features_extractor_class": features_extractor_class,
             "features_extractor_kwargs": features_extractor_kwargs,
+            "averaged_share": averaged_share,
             "world_model_kwargs": world_model_kwargs,
             "model_learning_rate": model_learning_rate,
             "optimizer_class": optimizer_class,
@@ -359,6 +401,7 @@ class PWMPolicy(SafeFile):
             use_sde,
             features_extractor_class,
             features_extractor_kwargs,
+            averaged_share,
         )
         value = EnsembleMLP(n_critics, self.world_model.config.latent_dim, critic_arch, activation_fn)
         self.critic = PWMCritic(self.actor, value)

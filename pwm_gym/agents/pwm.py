@@ -43,6 +43,7 @@ _PAPER = {
     "detach_input": True,
     "policy_kwargs": {
         "net_arch": {"pi": [400, 200, 100], "qf": [400, 200]},
+        "averaged_share": 0.0,
         "world_model_kwargs": {"size": "48M", "reward_in_task_units": False},
         "model_learning_rate": 3e-4,
     },
@@ -61,7 +62,8 @@ class PWM(ModelBasedAlgorithm):
     and costs one forward pass, and the spaces are the real ones.
 
     The defaults learn online from little data. They differ from the paper's, which `PWM.PAPER` holds, in the short
-    horizon, the slow target critic, the gradient through the policy's input and the entropy bonus. `PWM.RELEASED` adds
+    horizon, the slow target critic, the gradient through the policy's input, the entropy bonus and, on a real env, the
+    averaged weights that deterministic actions come from. `PWM.RELEASED` adds
     what the released code does differently from the paper when it learns offline.
 
     Args:
@@ -245,7 +247,7 @@ class PWM(ModelBasedAlgorithm):
     def _adopt(self, world_model: WorldModel) -> None:
         """Let policy and optimizer work on this very model instead of on an equal one."""
         before = self.policy.model_optimizer
-        self.policy.actor.world_model = world_model
+        self.policy.actor.adopt(world_model)
         self.policy.model_optimizer = make_model_optimizer(world_model, before.param_groups[-1]["lr"])
         if before.state:
             self.policy.model_optimizer.load_state_dict(before.state_dict())
@@ -364,6 +366,10 @@ class PWM(ModelBasedAlgorithm):
                 horizon = min(self.horizon, env.horizon)
                 window = rollout(env, z, policy.actor.latent_actor, horizon, self._generator, self.detach_input)
             metrics |= self.update_policy(window, nets)
+            if self.latent_env is None:
+                policy.actor.update_average()
+            else:  # where nothing else moves, the latest weights act best
+                policy.actor.reset_average()
         for name in ("return", "reward"):
             metrics[f"imagined_{name}"] = metrics.pop(name)
         self._n_updates += gradient_steps

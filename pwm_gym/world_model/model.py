@@ -146,7 +146,7 @@ class WorldModel(nn.Module):
             return spaces.Box(0.0, 1.0, (self.config.latent_dim,), np.float32)
         return unbounded((self.config.latent_dim,))
 
-    def preprocess(self, observations: Any) -> Tensor:
+    def preprocess(self, observations: Any, features_extractor: nn.Module | None = None) -> Tensor:
         """Turn a batch of real observations into the encoder's input.
 
         Dict entries are flattened and concatenated in the space's own order; discrete ones become one-hot, as in SB3.
@@ -154,6 +154,7 @@ class WorldModel(nn.Module):
 
         Args:
             observations: Batch of real observations as arrays or tensors, (B, *shape), or a dict of such.
+            features_extractor: One like the model's own, to be used instead of it.
 
         Returns:
             (B, O), on the model's device and of its dtype.
@@ -161,10 +162,11 @@ class WorldModel(nn.Module):
         Raises:
             ValueError: If the observations don't have the observation space's shape.
         """
-        keep_shape = self.features_extractor is not None
+        extractor = features_extractor or self.features_extractor
+        keep_shape = extractor is not None
         parts = flatten_observations(observations, self.observation_space, self.device, self.dtype, keep_shape)
-        if self.features_extractor is not None:
-            return self.features_extractor(parts)
+        if extractor is not None:
+            return extractor(parts)
         return torch.cat(list(parts.values()), -1) if isinstance(parts, dict) else parts
 
     def _condition(self, x: Tensor, task: int | Tensor | None) -> Tensor:

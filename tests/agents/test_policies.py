@@ -18,6 +18,7 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 from torch.func import functional_call
 
 from pwm_gym import PWM, LatentObservation, LatentVectorEnv, UnsafeFileError, WorldModel
+from pwm_gym.agents.averaging import WeightAverage
 from pwm_gym.agents.first_order import rollout
 from pwm_gym.agents.latent_actor import LatentActor
 from pwm_gym.agents.policies import PWMActor, PWMPolicy, ReturnScale, default_world_model_config
@@ -268,6 +269,7 @@ def test_features_extractor_is_trained_by_the_models_loss_alone(make_agent: Any,
 
 def test_every_face_of_the_model_goes_through_the_features_extractor(make_agent: Any, toy: Any):
     agent = make_agent(toy(), **tiny(**SCALED)).learn(25)
+    agent.actor.reset_average()
     model, extractor = agent.world_model, agent.world_model.features_extractor
     observations = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     before = copy.deepcopy(extractor.state_dict())
@@ -513,3 +515,34 @@ def test_default_world_model_takes_a_size_and_any_field():
 def test_discrete_and_dict_observations_count_their_one_hot_width():
     space = spaces.Dict({"box": spaces.Box(-1.0, 1.0, (2, 2)), "gear": spaces.Discrete(3)})
     assert default_world_model_config(space, gym.spaces.Box(-1.0, 1.0, (2, 3))).observation_dim == 7
+
+
+# The average of recent weights
+
+
+def test_average_runs_over_the_given_share_of_updates():
+    linear = nn.Linear(1, 1, bias=False)
+    average = WeightAverage({"linear": linear}, share=0.1)
+    values = np.random.default_rng(0).normal(size=500)
+    mean = 0.0
+    for t, value in enumerate(values):
+        nn.init.constant_(linear.weight, value)
+        average.update({"linear": linear})
+        mean += (np.float64(value) - mean) / (1 + 0.1 * t)
+    assert average.copies["linear"].weight.item() == pytest.approx(mean, abs=1e-5)
+    profile = (np.arange(1, 501) / 500) ** 9  # of exponent 1 / share - 1
+    assert mean == pytest.approx(np.average(values, weights=profile), abs=0.02)
+
+
+def test_average_keeps_the_latest_buffers():
+    norm = nn.BatchNorm1d(2)
+    average = WeightAverage({"norm": norm}, share=0.5)
+    norm(torch.randn(8, 2) + 3)
+    average.update({"norm": norm})
+    assert torch.equal(average.copies["norm"].running_mean, norm.running_mean)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match="share"):
+        WeightAverage({}, share)

@@ -286,6 +286,40 @@ def test_a_policy_from_a_frozen_model_goes_on_in_the_real_env(make_agent: Any, r
     assert len(changed) > 10  # the optimizer works on the model that the policy uses
 
 
+def act_with(agent: PWM, observation: np.ndarray, latest: bool) -> np.ndarray:
+    """Give the mean action, in the env's units, of the latest or of the averaged weights."""
+    actor = agent.policy.actor
+    encoder, latent_actor = actor.world_model.encoder, actor.latent_actor
+    if not latest:
+        encoder, latent_actor = actor.average.copies["encoder"], actor.average.copies["latent_actor"]
+    with torch.no_grad():
+        action = latent_actor(encoder(torch.from_numpy(observation)[None]))[0][0]
+    return agent.policy.unscale_action(action.numpy())
+
+
+def test_deterministic_actions_come_from_averaged_weights(make_agent: Any, real_env: Any, tmp_path: Any):
+    agent = make_agent(real_env()).learn(40)
+    observation = agent.observation_space.sample()
+    action = agent.predict(observation, deterministic=True)[0]
+    np.testing.assert_allclose(action, act_with(agent, observation, latest=False), rtol=1e-5, atol=1e-6)
+    assert np.abs(action - act_with(agent, observation, latest=True)).max() > 1e-4
+    agent.save(tmp_path / "agent")
+    loaded = PWM.load(tmp_path / "agent")
+    np.testing.assert_array_equal(loaded.predict(observation, deterministic=True)[0], action)
+
+
+def test_latest_weights_act_in_a_frozen_model_and_without_a_share(make_agent: Any, real_env: Any):
+    agent = make_agent(real_env()).learn(40)
+    agent.set_env(agent.make_latent_env(num_envs=4, horizon=3))
+    agent.learn(12, reset_num_timesteps=False)
+    plain = make_agent(real_env(), policy_kwargs={"averaged_share": 0.0}).learn(40)
+    assert plain.policy.actor.average is None
+    for one in (agent, plain):
+        observation = one.observation_space.sample()
+        action = one.predict(observation, deterministic=True)[0]
+        np.testing.assert_allclose(action, act_with(one, observation, latest=True), rtol=1e-5, atol=1e-6)
+
+
 def test_files_of_frozen_agents_open_with_either_kind_of_env(make_agent: Any, real_env: Any, tmp_path: Any):
     env = latent_env()
     agent = make_agent(env).learn(24)
