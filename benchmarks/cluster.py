@@ -99,7 +99,7 @@ def run_extraction(out: pathlib.Path, size: str) -> None:
     plain, before = extraction._Worker, own_memory()["uss_mb"]
     for way in ("here", "shared", "copies"):
         (folder / "memory" / way).mkdir(parents=True)
-        extraction._Worker = plain if way == "here" else measuring(folder / "memory" / way, way == "copies")
+        extraction._Worker = plain if way == "here" else measuring(folder / "memory" / way, way == "copies")  # type: ignore[misc, assignment]
         began = time.perf_counter()
         results = extract(model, dataset, out=folder / way, ray=None if way == "here" else RayCluster(), **SETTINGS)
         seconds = time.perf_counter() - began
