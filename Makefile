@@ -14,7 +14,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := pwm_gym examples benchmarks tests setup.py
 
-.PHONY: help venv demo test test-expensive ground-truth-study multitask-study sb3-suite lint format type spell \
+.PHONY: help venv demo test test-expensive ground-truth-study multitask-study sb3-suite speed lint format type spell \
 	commit-checks coverage rendering clean
 .DEFAULT_GOAL := help
 
@@ -64,6 +64,10 @@ sb3-suite: $(STAMP)  ## Run Stable-Baselines3's own test-suite against PWM
 # Hours on two cores. A task, a model or a policy that is done is not done again.
 multitask-study: $(STAMP) rendering  ## One multi-task model, a policy for each task: data, model, policies, table
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python benchmarks/multitask_study.py $(ARGS)
+
+# A ratio may get worse by 15 % before it fails: what else the machine does moves most of them by less.
+speed: $(STAMP)  ## Measure speed again and compare with results/speed; REFERENCE=FOLDER with PWM's released code
+	$(BIN)/python benchmarks/speed.py --check 0.15 $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
 
 lint: $(STAMP)  ## Check style and format, change nothing
 	$(BIN)/ruff check $(CHECKED)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -66,7 +66,11 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def import_reference(root: pathlib.Path) -> Any:
-    """Import the reference's modules, leaving out its packages' __init__, which import simulators."""
+    """Import the reference's modules, leaving out its packages' __init__, which import simulators.
+
+    Returns:
+        A function that makes its agent: (folder for its files, size, tasks or () for one task, arguments of its PWM).
+    """
     sys.meta_path.insert(0, StandIns())
     hydra: Any = importlib.import_module("hydra.utils")
     hydra.instantiate = lambda make, **kwargs: make(**kwargs)
@@ -80,7 +84,7 @@ def import_reference(root: pathlib.Path) -> Any:
     from pwm.models.mlp import SimNorm
     from pwm.models.world_model import WorldModel
 
-    def make(folder: str, size: str, **kwargs: Any) -> Any:
+    def make(folder: str, size: str, tasks: Sequence[str] = TASKS, **kwargs: Any) -> Any:
         sizes = dict(SIZES[size])
         latent_dim = sizes.pop("latent_dim")
         latent = {"last_layer": "normedlinear", "last_layer_kwargs": {"act": SimNorm(8)}}
@@ -92,10 +96,10 @@ def import_reference(root: pathlib.Path) -> Any:
             num_bins=101,
             vmin=-10.0,
             vmax=10.0,
-            multitask=True,
-            tasks=TASKS,
-            task_dim=64,
-            action_dims=[ACTION] * len(TASKS),
+            multitask=bool(tasks),
+            tasks=tasks,
+            task_dim=64 if tasks else 0,
+            action_dims=[ACTION] * len(tasks),
             **sizes,
         )
         actor = functools.partial(
@@ -108,10 +112,11 @@ def import_reference(root: pathlib.Path) -> Any:
         critic = functools.partial(CriticMLP, units=[400, 200], activation_class=torch.nn.Mish)
         fixed: dict[str, Any] = {"horizon": 16, "max_epochs": 10, "actor_grad_norm": 1.0, "critic_grad_norm": 100.0}
         fixed |= {"actor_lr": 5e-4, "critic_lr": 5e-4, "model_lr": 3e-4, "ret_rms": True, "critic_iterations": 8}
+        fixed |= {"critic_batches": 1, **kwargs}
         with contextlib.redirect_stdout(None):  # it prints its networks
             made = algorithm.PWM(
                 None, actor, critic, world_model, logdir=folder, latent_dim=latent_dim, obs_dim=OBSERVATION,
-                act_dim=ACTION, device="cpu", critic_batches=1, **fixed, **kwargs,
+                act_dim=ACTION, device="cpu", **fixed,
             )  # fmt: skip
         randomise(made)
         return made

@@ -564,6 +564,7 @@ def test_learning_changes_nothing_global(make_agent: Any, toy: Any):
             torch.get_num_threads(),
             torch.get_float32_matmul_precision(),
             torch.get_default_dtype(),
+            torch.get_default_device(),
             torch.is_grad_enabled(),
             torch.are_deterministic_algorithms_enabled(),
             np.geterr(),
