@@ -6,16 +6,18 @@ import argparse
 import inspect
 import pathlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import rich
 from stable_baselines3.common.utils import get_device
 
 from pwm_gym.agents import PWM
+from pwm_gym.cluster import RayCluster
 from pwm_gym.collection import collect
 from pwm_gym.datasets import OfflineDataset
 from pwm_gym.extraction import SETTINGS, extract
 from pwm_gym.replay import SequenceReplayBuffer
-from pwm_gym.training import PAPER, pretrain
+from pwm_gym.training import PAPER, Ranks, pretrain
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["main"]
@@ -33,6 +35,7 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-share", type=float, default=0.0, help="share of random episodes, in [0, 1]")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    RayCluster.add_arguments(parser)
 
     def run(args: argparse.Namespace) -> None:
         dataset = collect(
@@ -44,6 +47,7 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
             random_share=args.random_share,
             num_workers=args.workers,
             seed=args.seed,
+            ray=RayCluster.of_arguments(args),
         )
         rich.print(dataset.summary())
 
@@ -93,7 +97,7 @@ def _add_import_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
-    """Train a world model on a dataset; a run that was killed goes on when called again."""
+    """Train a world model on a dataset, under torchrun in several processes; a run that was killed goes on."""
     parser.add_argument("path", metavar="DATASET", help="folder of the dataset")
     parser.add_argument("--out", required=True, help="folder of the run: checkpoint, model, validation")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to train on; all without")
@@ -116,18 +120,26 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--no-planning", action="store_true", help="without value ensemble and policy prior")
     parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard")
+    parser.add_argument("--sharded", action="store_true", help="under torchrun: share out the weights (FSDP)")
 
     def run(args: argparse.Namespace) -> None:
         given = {name: value for name, value in vars(args).items() if name in names}
-        dataset = OfflineDataset.load(args.path)
-        pretrain(
-            dataset.of_tasks(*args.tasks) if args.tasks else dataset,
-            **{**(PAPER if args.paper else {}), **given},
-            planning=not args.no_planning,
-            out=args.out,
-            tensorboard=args.tensorboard,
-            progress_bar=True,
-        )
+        if args.sharded and not Ranks.launched():
+            raise ValueError("expected several processes to share the weights, got one: start them by torchrun.")
+        several = Ranks.join(given.pop("device", "auto"), args.sharded) if Ranks.launched() else nullcontext()
+        with several as ranks:
+            dataset = (ranks or Ranks()).together("open the dataset", lambda: OfflineDataset.load(args.path))
+            pretrain(
+                dataset.of_tasks(*args.tasks) if args.tasks else dataset,
+                **{**(PAPER if args.paper else {}), **given},
+                planning=not args.no_planning,
+                out=args.out,
+                tensorboard=args.tensorboard,
+                progress_bar=True,
+                ranks=ranks,
+            )
+            if ranks is not None and ranks.rank > 0:
+                return
         rich.print((pathlib.Path(args.out) / "summary.json").read_text(encoding="utf-8"))
 
     parser.set_defaults(run=run)
@@ -139,7 +151,8 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="DATASET", help="folder of the dataset")
     parser.add_argument("--out", required=True, help="folder of the run: agents, table, plot")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to make policies for; all without")
-    names = ["updates", "num_envs", "real_steps", "episodes", "checkpoint_every", "seed"]
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of several, each has a folder in OUT")
+    names = ["updates", "num_envs", "real_steps", "episodes", "checkpoint_every"]
     for name in names:
         default = inspect.signature(extract).parameters[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
@@ -150,24 +163,29 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", action="store_true", help="one policy, conditioned on the task, instead of many")
     parser.add_argument("--finetune", action="store_true", help="go on fitting the model to the tasks' data")
     parser.add_argument("--released", action="store_true", help="settings of PWM's released code: PWM.RELEASED")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s); not on a cluster")
+    RayCluster.add_arguments(parser)
 
     def run(args: argparse.Namespace) -> None:
+        seed, cluster = args.seed[0] if len(args.seed) == 1 else args.seed, RayCluster.of_arguments(args)
         settings = {**(PWM.RELEASED if args.released else {}), "horizon": args.horizon}
         extract(
-            WorldModel.load(args.model, get_device(args.device)),
+            WorldModel.load(args.model, "cpu" if cluster else get_device(args.device)),
             OfflineDataset.load(args.path),
             args.tasks,
             out=args.out,
             together=args.together,
             shared=args.shared,
             finetune=args.finetune,
+            seed=seed,
+            ray=cluster,
             progress_bar=True,
             reward_in_task_units=False if args.released else None,
             **{name: getattr(args, name) for name in names},
             **settings,
         )
-        rich.print((pathlib.Path(args.out) / "table.md").read_text(encoding="utf-8"))
+        for table in sorted(pathlib.Path(args.out).glob("table.md" if isinstance(seed, int) else "seed-*/table.md")):
+            rich.print(table.read_text(encoding="utf-8"))
 
     parser.set_defaults(run=run)
 

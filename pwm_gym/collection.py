@@ -20,6 +20,7 @@ import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
 from pwm_gym.agents import PWM
+from pwm_gym.cluster import RayCluster
 from pwm_gym.datasets import Episode, OfflineDataset
 from pwm_gym.datasets.storage import DatasetWriter, Layout
 from pwm_gym.envs.factory import make_task
@@ -72,6 +73,7 @@ def collect(
     seed: int = 0,
     env_kwargs: Mapping[str, Any] | None = None,
     chunk_episodes: int = 10,
+    ray: RayCluster | str | None = None,
     progress_bar: bool = True,
 ) -> OfflineDataset:
     """Play whole episodes in real envs and write them to a dataset on disk.
@@ -95,13 +97,17 @@ def collect(
         seed: Of all random numbers.
         env_kwargs: Passed to `gymnasium.make`.
         chunk_episodes: Episodes in a piece of work.
+        ray: Cluster to collect on, or its address, instead of in processes here. The folder must be one that all nodes
+            see, and so must agents' files.
         progress_bar: Show rate and remaining time.
 
     Returns:
         The dataset, mapped from `out`; tasks are called as in `env_ids`, in that order.
 
     Raises:
+        ConnectionError: If there is no cluster at the address.
         FileExistsError: If `out` exists.
+        ImportError: If a cluster is asked for and Ray is missing.
         ValueError: If an argument is out of range, an env's spaces don't fit, or an unfinished collection with other
             arguments stands there.
 
@@ -138,7 +144,9 @@ def collect(
     missing = [chunk for chunk in chunks if not chunk.path(plan).exists()]
     total, todo = episodes * len(plan.env_ids), sum(chunk.episodes for chunk in missing)
     with show_progress(total, "collect", "episode", progress_bar, total - todo) as bar:
-        for chunk in _run(plan, missing, num_workers):
+        for chunk in (
+            _run(plan, missing, num_workers) if ray is None else _run_on_ray(plan, missing, RayCluster.of(ray))
+        ):
             bar.update(chunk.episodes)
     _join(plan, sorted(chunks), target)
     return OfflineDataset.load(target)
@@ -189,6 +197,28 @@ def _run(plan: _Plan, chunks: list[_Chunk], num_workers: int) -> Iterator[_Chunk
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _run_on_ray(plan: _Plan, chunks: list[_Chunk], cluster: RayCluster) -> Iterator[_Chunk]:
+    """Collect chunks on a cluster, and yield each when it is done."""
+    agents = tuple(_absolute(agent) for agent in plan.agents)
+    plan = plan._replace(folder=plan.folder.resolve(), agents=agents)
+    for event in cluster.run(_player_of, plan, chunks, plan.folder / "call.json"):
+        if event is not None and event.failure is not None:
+            raise ValueError(f"expected to play {chunks[event.number]}, but: {event.failure}")
+        if event is not None:
+            yield event.result
+
+
+def _absolute(agent: Agent) -> Agent:
+    """Name a file so that it is found from other folders too."""
+    if isinstance(agent, Mapping):
+        return {name: _absolute(one) for name, one in agent.items()}
+    return os.path.abspath(agent) if isinstance(agent, str | os.PathLike) else agent
+
+
+def _player_of(plan: _Plan) -> Callable[[_Chunk], _Chunk]:
+    return _Player(plan).collect
 
 
 @contextmanager

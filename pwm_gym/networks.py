@@ -25,6 +25,7 @@ __all__ = [
     "Mish",
     "NormedEnsemble",
     "NormedLinear",
+    "PartDropout",
     "SimNorm",
     "Stacked",
     "block",
@@ -287,6 +288,26 @@ class EnsembleMLP(Layers):
         return super().forward(flat).reshape(self.ensemble, *x.shape[:-1])
 
 
+class PartDropout(nn.Dropout):
+    """Dropout where several processes have a part of one batch each: all draw the whole batch's mask and take theirs.
+
+    Attributes:
+        part: This process's rows of the batch B.
+        count: Rows of the whole batch; None where this process has all of them.
+    """
+
+    part, count = slice(None), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop entries of (E, T B, F), where B counts the part's rows."""
+        if self.count is None or not self.training or self.p == 0.0:
+            return super().forward(x)
+        rows = x.unflatten(1, (-1, self.part.stop - self.part.start))  # (E, T, B, F)
+        whole = rows.new_ones(*rows.shape[:2], self.count, rows.shape[-1])
+        mask = super().forward(whole.flatten(1, 2)).view_as(whole)[:, :, self.part]
+        return (rows * mask).flatten(1, 2)
+
+
 class NormedEnsemble(Layers):
     """E independent MLPs of `NormedLinear` blocks on one input, with dropout in the first block: TD-MPC2's values.
 
@@ -316,7 +337,7 @@ class NormedEnsemble(Layers):
         width = in_features
         for i, features in enumerate(hidden):
             linear, norm = EnsembleLinear(ensemble, width, features), EnsembleLayerNorm(ensemble, features)
-            layers.append(Layers(linear, nn.Dropout(0.0 if i else dropout), norm, activation()))
+            layers.append(Layers(linear, PartDropout(0.0 if i else dropout), norm, activation()))
             width = features
         super().__init__(*layers, EnsembleLinear(ensemble, width, out_features))
         self.ensemble = ensemble

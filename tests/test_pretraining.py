@@ -110,13 +110,10 @@ def test_bfloat16_trains_and_keeps_float32_weights() -> None:
 
 
 def test_cosine_schedule_warms_up_and_ends_near_0() -> None:
-    from pwm_gym.training.pretraining import _Run
+    from pwm_gym.training.pretraining import _rate_share
 
-    model = WorldModel(WorldModelConfig(3, 2, latent_dim=16))
-    settings = {"learning_rate": 1e-3, "updates": 14, "warmup": 4, "learning_rate_schedule": "cosine"}
-    run, shares = _Run(model, settings, 0), []
-    for run.step in range(14):
-        shares.append(run._rate_share())
+    settings = {"updates": 14, "warmup": 4, "learning_rate_schedule": "cosine"}
+    shares = [_rate_share(step, settings) for step in range(14)]
     assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert shares[9] == pytest.approx(0.5)
     assert shares[13] == pytest.approx(0.5 * (1 + np.cos(0.9 * np.pi)))

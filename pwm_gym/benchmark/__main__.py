@@ -14,6 +14,7 @@ import rich
 
 from pwm_gym.benchmark.reporting import report
 from pwm_gym.benchmark.runner import run
+from pwm_gym.cluster import RayCluster
 
 _EXAMPLES = """
 examples:
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--jobs", type=int, default=1, help="processes at the same time (default: %(default)s)")
     some.add_argument("--threads", type=int, default=1, help="of each (default: %(default)s)")
     some.add_argument("--device", default="cpu", help="default: %(default)s")
+    RayCluster.add_arguments(some)
     commands.add_parser("report", parents=[place], help="write the report of what there is")
     return parser
 
@@ -109,6 +111,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 jobs=parsed.jobs,
                 threads=parsed.threads,
                 device=parsed.device,
+                ray=RayCluster.of_arguments(parsed),
             )
             died = any(outcome.failure for outcome in outcomes)
             if died:

@@ -1,15 +1,17 @@
-"""Running a benchmark: each run in a process of its own, a live display over all of them."""
+"""Running a benchmark: each run in a process of its own or on a Ray cluster, a live display over all of them."""
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import rich
@@ -21,6 +23,7 @@ from rich.text import Text
 
 from pwm_gym.benchmark.algorithms import algorithm_of, env_id_of, label_of, real_env, training_env
 from pwm_gym.benchmark.study import Cell, Study
+from pwm_gym.cluster import RayCluster
 from pwm_gym.serialization import atomic_write
 
 __all__ = ["Outcome", "run"]
@@ -55,6 +58,7 @@ def run(
     jobs: int = 1,
     threads: int = 1,
     device: str = "cpu",
+    ray: RayCluster | str | None = None,
     console: Console | None = None,
 ) -> list[Outcome]:
     """Run every algorithm on every task from every seed, as far as it isn't done yet.
@@ -80,15 +84,19 @@ def run(
         jobs: Processes at the same time.
         threads: Threads of each.
         device: Of the agents.
+        ray: Cluster to run on, or its address, instead of in processes here; it says how many run at the same time,
+            how many threads each has, and whether agents are on a GPU. The folder must be one that all nodes see.
         console: Where the display goes; None for standard output.
 
     Returns:
         How each run stands.
 
     Raises:
+        ConnectionError: If there is no cluster at the address.
+        ImportError: If a cluster is asked for and Ray is missing.
         ValueError: If a name is unknown, nothing is asked for, a budget is no whole number of evaluations, the model
             doesn't fit a task, SHAC is asked for where there are no gradients, or the folder holds another protocol,
-            other arguments or another version.
+            other arguments or another version, or no node has room for a run.
 
     Example:
         >>> run("runs/new", ["pmw"], ["walker-walk"], seeds=[0, 1, 2])
@@ -111,7 +119,11 @@ def run(
         _check_envs(study, cells)
         study.save()
     waiting = [cell for cell in cells if not study.is_done(cell) or study.lacks_film(cell)]
-    _run_all(study, cells, waiting, max(jobs, 1), threads, device, console or rich.get_console())
+    console = console or rich.get_console()
+    if ray is None:
+        _run_here(study, cells, waiting, max(jobs, 1), threads, device, console)
+    else:
+        _run_on_ray(study, cells, waiting, RayCluster.of(ray), console)
     return [Outcome(cell, None if study.is_done(cell) else study.failure(cell)) for cell in cells]
 
 
@@ -131,13 +143,13 @@ def _check_envs(study: Study, cells: Sequence[Cell]) -> None:
             training_env(algorithm, env_id_of(task), study.every, 1, study.world_model, study.data).close()
 
 
-# Processes
+# Runs
 
 
-class _Process:
-    """A run's process, and what its files say of how far it is."""
+class _Running:
+    """A run at work, here or on another machine, and what its files say of how far it is."""
 
-    def __init__(self, study: Study, cell: Cell, threads: int, device: str) -> None:
+    def __init__(self, study: Study, cell: Cell) -> None:
         self.study, self.cell, self.began = study, cell, time.monotonic()
         rows = study.rows(cell)
         self.frames_before = int(rows[-1]["frames"]) if rows else 0
@@ -145,6 +157,26 @@ class _Process:
         state.mkdir(parents=True, exist_ok=True)
         for name in ("failure.txt", "progress.txt"):
             (state / name).unlink(missing_ok=True)
+
+    def frames(self) -> int:
+        """Read how many frames it has had, 0 before the first."""
+        counted = self.study.state_path(self.cell) / "progress.txt"
+        return int(counted.read_text(encoding="utf-8") or 0) if counted.exists() else 0
+
+    def fail(self, reason: str) -> None:
+        """See to it that the reason of its death is known, where it could not leave it itself."""
+        path = self.study.state_path(self.cell) / "failure.txt"
+        if not path.exists():
+            with atomic_write(path) as file:
+                file.write(reason.encode())
+
+
+class _Process(_Running):
+    """A run in a process of its own on this machine."""
+
+    def __init__(self, study: Study, cell: Cell, threads: int, device: str) -> None:
+        super().__init__(study, cell)
+        state = study.state_path(cell)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         root = str(pathlib.Path(__file__).parents[2])  # so that it runs the package that this one runs
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -165,18 +197,12 @@ class _Process:
             return False
         assert self.process.stdin is not None
         self.process.stdin.close()
-        reason = self.study.state_path(self.cell) / "failure.txt"
-        if code and not reason.exists():
+        if code:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-            lines = (reason.with_name("log.txt").read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
-            with atomic_write(reason) as file:
-                file.write(f"{how}{': ' + lines if code > 0 and lines else ''}".encode())
+            log = self.study.state_path(self.cell) / "log.txt"
+            lines = (log.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
+            self.fail(f"{how}{': ' + lines if code > 0 and lines else ''}")
         return True
-
-    def frames(self) -> int:
-        """Read how many frames it has had, 0 before the first."""
-        counted = self.study.state_path(self.cell) / "progress.txt"
-        return int(counted.read_text(encoding="utf-8") or 0) if counted.exists() else 0
 
     def stop(self) -> None:
         """End it at once."""
@@ -184,7 +210,7 @@ class _Process:
         self.process.wait()
 
 
-def _run_all(
+def _run_here(
     study: Study,
     cells: Sequence[Cell],
     waiting: list[Cell],
@@ -193,7 +219,7 @@ def _run_all(
     device: str,
     console: Console,
 ) -> None:
-    """Run what is waiting, `jobs` at a time."""
+    """Run what is waiting in processes, `jobs` at a time."""
     running: list[_Process] = []
     with _display(study, cells, console) as show:
         try:
@@ -209,6 +235,29 @@ def _run_all(
                 process.stop()
 
 
+def _run_on_ray(
+    study: Study, cells: Sequence[Cell], waiting: list[Cell], cluster: RayCluster, console: Console
+) -> None:
+    """Run what is waiting on a cluster, as many at a time as it has room for."""
+    runs = {cell: _Running(study, cell) for cell in waiting}
+    files = {name: os.path.abspath(path) for name in ("world_model", "data") if (path := getattr(study, name))}
+    shared = replace(study, folder=study.folder.resolve(), **files), cluster.device
+    with _display(study, cells, console) as show:
+        for event in cluster.run(_worker, shared, waiting, shared[0].folder / "benchmark.json"):
+            if event is not None:
+                ended = runs.pop(waiting[event.number])
+                if event.failure is not None:
+                    ended.fail(event.failure)
+            show([run for run in runs.values() if run.frames()])
+        show([])
+
+
+def _worker(shared: tuple[Study, str]) -> Callable[[Cell], bool]:
+    from pwm_gym.benchmark.worker import attempt  # a program too, which its own package must not import before it runs
+
+    return functools.partial(attempt, *shared)
+
+
 # Display
 
 
@@ -218,7 +267,7 @@ def _display(study: Study, cells: Sequence[Cell], console: Console) -> Iterator[
     if not console.is_terminal:
         seen: dict[Cell, str] = {}
 
-        def show_lines(running: Sequence[_Process]) -> None:
+        def show_lines(running: Sequence[_Running]) -> None:
             for cell in cells:
                 line = _line(study, cell, running)
                 if line and seen.get(cell) != line:
@@ -231,7 +280,7 @@ def _display(study: Study, cells: Sequence[Cell], console: Console) -> Iterator[
         yield lambda running: live.update(_table(study, cells, running, console.height))
 
 
-def _line(study: Study, cell: Cell, running: Sequence[_Process]) -> str:
+def _line(study: Study, cell: Cell, running: Sequence[_Running]) -> str:
     rows, failure = study.rows(cell), study.failure(cell)
     if failure is not None and not any(process.cell == cell for process in running):
         return f"{cell}: died, {failure} (run it again to go on)"
@@ -241,7 +290,7 @@ def _line(study: Study, cell: Cell, running: Sequence[_Process]) -> str:
     return f"{cell}: {int(rows[-1]['frames']):,} frames, return {float(rows[-1]['mean_return']):.1f}{done}"
 
 
-def _table(study: Study, cells: Sequence[Cell], running: Sequence[_Process], height: int) -> Table:
+def _table(study: Study, cells: Sequence[Cell], running: Sequence[_Running], height: int) -> Table:
     """Draw the runs; where the terminal is too low for all, those that run, that died and that wait come first."""
     active = {process.cell: process for process in running}
     done = {cell for cell in cells if study.is_done(cell)}
@@ -260,7 +309,7 @@ def _table(study: Study, cells: Sequence[Cell], running: Sequence[_Process], hei
     return table
 
 
-def _cells_of(study: Study, cell: Cell, process: _Process | None) -> tuple[Any, ...]:
+def _cells_of(study: Study, cell: Cell, process: _Running | None) -> tuple[Any, ...]:
     rows, budget, failure = study.rows(cell), study.frames[cell.algorithm], study.failure(cell)
     frames, left = int(rows[-1]["frames"]) if rows else 0, ""
     state: Any = ProgressBar(total=budget, completed=frames, width=20)

@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import gymnasium as gym
@@ -27,7 +26,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from pwm_gym import __version__
 from pwm_gym.benchmark.algorithms import (
     algorithm_of,
     env_id_of,
@@ -41,10 +39,10 @@ from pwm_gym.benchmark.study import EVALUATION_SEED, Cell, Study, write_csv
 from pwm_gym.datasets import OfflineDataset
 from pwm_gym.evaluation import episode_returns, record_video
 from pwm_gym.serialization import atomic_write
+from pwm_gym.versions import versions
 
-__all__ = ["segment_seed", "train"]
+__all__ = ["attempt", "segment_seed", "train"]
 
-_PACKAGES = ("torch", "stable_baselines3", "gymnasium", "numpy", "mujoco", "dm_control", "metaworld")
 _PROGRESS_EVERY = 1.0  # seconds
 
 
@@ -142,7 +140,7 @@ def _row(
     if successes:
         row["success_rate"] = float(np.mean(successes))
     row |= {"command": study.command(cell), "machine": _machine(device), "threads": torch.get_num_threads()}
-    return row | {"device": device, "versions": _versions()}
+    return row | {"device": device, "versions": "; ".join(f"{name} {number}" for name, number in versions().items())}
 
 
 def _diagnosis(agent: Any, data: str | None) -> dict[str, str]:
@@ -175,16 +173,6 @@ def _machine(device: str) -> str:
         name = models[0] if models else name
     used = f"{name}, {os.cpu_count()} CPUs"
     return f"{used}, {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else used
-
-
-def _versions() -> str:
-    found = {"pwm_gym": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return "; ".join(f"{name} {number}" for name, number in found.items())
 
 
 class _LastSuccess(gym.Wrapper):
@@ -233,8 +221,29 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def attempt(study: Study, device: str, cell: Cell) -> bool:
+    """Train a run as far as it goes; where it dies, leave the reason in its state.
+
+    Args:
+        study: The folder.
+        device: Of the agent.
+        cell: The run.
+
+    Returns:
+        Whether it is done.
+    """
+    try:
+        train(study, cell, device)
+    except Exception as error:
+        traceback.print_exc()  # into the run's log
+        with atomic_write(study.state_path(cell) / "failure.txt") as file:
+            file.write(f"{type(error).__name__}: {error}".encode())
+        return False
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train one run; where it dies, leave the reason in its state."""
+    """Train one run in this process."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("algorithm")
@@ -245,13 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(parsed.threads)
-    study, cell = Study.open(parsed.folder), Cell(parsed.algorithm, parsed.task, parsed.seed)
-    try:
-        train(study, cell, parsed.device)
-    except Exception as error:
-        traceback.print_exc()  # into the run's log
-        with atomic_write(study.state_path(cell) / "failure.txt") as file:
-            file.write(f"{type(error).__name__}: {error}".encode())
+    cell = Cell(parsed.algorithm, parsed.task, parsed.seed)
+    if not attempt(Study.open(parsed.folder), parsed.device, cell):
         sys.exit(1)
 
 

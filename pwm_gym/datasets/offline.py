@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -181,6 +182,13 @@ class OfflineDataset:
             begin = end
         return totals[self._episodes]
 
+    def checksum(self) -> int:
+        """Checksum of the tasks and of each episode's task and length, by which copies of a dataset can be told."""
+        checksum = zlib.crc32(repr(self.tasks).encode())
+        for array in (self._tasks, self._lengths, self.terminated):
+            checksum = zlib.crc32(np.ascontiguousarray(array).tobytes(), checksum)
+        return checksum
+
     # Views
 
     def of_tasks(self, *names: str) -> OfflineDataset:
@@ -249,6 +257,7 @@ class OfflineDataset:
         horizon: int,
         rng: np.random.Generator | None = None,
         normalizer: VecNormalize | None = None,
+        part: slice | None = None,
     ) -> SequenceSamples:
         """Sample windows of `horizon` steps and `horizon` + 1 observations, uniformly from all inside one episode.
 
@@ -257,6 +266,7 @@ class OfflineDataset:
             horizon: Steps in a window H.
             rng: Generator to draw with; None for NumPy's global one.
             normalizer: Normalises observations and rewards where the agent's env is a `VecNormalize`.
+            part: Of the B windows drawn, those to read, for processes that share a batch; None for all.
 
         Returns:
             The windows, on the dataset's device; `task` is None for a dataset of one task.
@@ -265,12 +275,14 @@ class OfflineDataset:
             ValueError: If no episode is that long.
         """
         index, step = self._draw(batch_size, horizon, rng)
+        if part is not None:
+            index, step = index[part], step[part]
         store, episodes = self._store, self._episodes[index]
         first = store.first_step[episodes] + step  # (B,)
         observations: Any = store.windows("observations", first + episodes, horizon + 1)[..., : self.observation_dim]
         actions = store.windows("actions", first, horizon)[..., : self.action_dim]  # (H, B, A)
         rewards = store.windows("rewards", first, horizon)  # (H, B)
-        terminated = np.zeros((horizon, batch_size), bool)
+        terminated = np.zeros((horizon, len(index)), bool)
         terminated[-1] = store.terminated[episodes] & (step + horizon == self._lengths[index])
         if normalizer is not None:
             observations = np.asarray(normalizer.normalize_obs(observations), np.float32)

@@ -102,6 +102,7 @@ class Store:
         self.terminated, self.truncated = np.array(arrays["terminated"]), np.array(arrays["truncated"])
         self.first_step = np.cumsum(self.lengths) - self.lengths  # (E,); observations of episode e start e rows later
         self._files, self._touched = files or {}, 0
+        self._folder: pathlib.Path | None = None  # that the files are in
         steps, episodes = int(self.lengths.sum()), len(self.lengths)
         for name, rows in {"observations": steps + episodes, "actions": steps, "rewards": steps}.items():
             expected = (rows, *layout.shapes().get(name, ()))
@@ -143,6 +144,12 @@ class Store:
         for name, (width,) in layout.shapes().items():
             stored[name] = np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in arrays[name]])
         return cls(layout, stored)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle what is mapped from files as the place of its files, which another process maps for itself."""
+        if self._folder is not None and self.is_mapped:
+            return type(self).load, (os.fspath(self._folder), False)
+        return super().__reduce_ex__(protocol)
 
     @property
     def is_mapped(self) -> bool:
@@ -208,7 +215,9 @@ class Store:
                     else:
                         files[name] = _MappedFile(file.fileno(), len(header))
                         arrays[name] = np.frombuffer(files[name].mapping, dtype, offset=len(header)).reshape(shape)
-            return cls(layout, arrays, files)
+            store = cls(layout, arrays, files)
+            store._folder = folder.resolve()
+            return store
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(
                 f"expected a whole dataset at {os.fspath(path)!r}, got a damaged one ({error}). Copy it again."

@@ -11,9 +11,8 @@ import os
 import pathlib
 import shutil
 import time
-import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -21,12 +20,13 @@ import torch
 
 from pwm_gym.agents.policy_bank import PolicyBank
 from pwm_gym.agents.pwm import PWM
+from pwm_gym.cluster import RayCluster
 from pwm_gym.datasets import OfflineDataset
-from pwm_gym.envs.factory import make_task
 from pwm_gym.evaluation import episode_outcomes
+from pwm_gym.extraction.plan import Plan, begin, check
 from pwm_gym.extraction.report import TaskResult, write_report
 from pwm_gym.latent_env import LatentVectorEnv
-from pwm_gym.progress import TaskProgress, show_task_progress
+from pwm_gym.progress import Progress, ProgressFile, TaskProgress, show_task_progress
 from pwm_gym.serialization import atomic_write, load_tensors
 from pwm_gym.world_model import WorldModel
 
@@ -37,33 +37,6 @@ SETTINGS: dict[str, Any] = {"horizon": 16, "tau": 0.05, "ent_coef": 0.0, "policy
 _EVALUATION_SEED = 10_000  # of the first real episode
 _REAL_CHUNK = 2_500  # real decisions between two saves: whole episodes of our tasks, so that a resume is exact
 _SHOWN = 10  # updates between two looks at the progress bar
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """One call of `extract`."""
-
-    world_model: WorldModel
-    dataset: OfflineDataset
-    tasks: tuple[str, ...]
-    env_ids: Mapping[str, str]
-    folder: pathlib.Path
-    updates: int
-    num_envs: int
-    shared: bool
-    finetune: bool
-    real_steps: int
-    episodes: int
-    seed: int
-    checkpoint_every: int
-    settings: dict[str, Any]
-
-    @property
-    def needs_env(self) -> bool:
-        return self.episodes > 0 or self.real_steps > 0
-
-    def make_env(self, task: str) -> gym.Env:
-        return make_task(self.env_ids.get(task, task))
 
 
 def extract(
@@ -81,8 +54,9 @@ def extract(
     episodes: int = 10,
     env_ids: Mapping[str, str] | None = None,
     checkpoint_every: int = 250,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     reward_in_task_units: bool | None = None,
+    ray: RayCluster | str | None = None,
     progress_bar: bool = False,
     **settings: Any,
 ) -> dict[str, TaskResult]:
@@ -99,9 +73,9 @@ def extract(
         out: The folder.
         updates: Policy updates for each task.
         num_envs: Imagined rollouts in an update.
-        together: Tasks that are trained in one batched program (`PolicyBank`): None for all, 1 for one after another.
-            The policies are the same but for rounding, unless `finetune` is set: each program fits one model to its
-            tasks.
+        together: Tasks that are trained in one batched program (`PolicyBank`): 1 for one after another; None for all,
+            or for 1 on a cluster. The policies are the same but for rounding, unless `finetune` is set: each program
+            fits one model to its tasks.
         shared: Train one policy that is conditioned on the task instead of one for each task.
         finetune: Go on fitting the model to the tasks' data while the policies train.
         real_steps: Decisions that each policy then learns for on the real env, as `PWM` does there: with the
@@ -109,21 +83,25 @@ def extract(
         episodes: Real episodes to score each policy on; 0 for none.
         env_ids: {task: Gymnasium id} of tasks that aren't registered under their name.
         checkpoint_every: Updates between two checkpoints.
-        seed: Of each task's weights, starts and noise. A task's policy doesn't depend on which others there are.
+        seed: Of each task's weights, starts and noise. A task's policy doesn't depend on which others there are. Of
+            several, each gets a folder of its own in `out`, seed-<n>.
         reward_in_task_units: Maximise rewards in task units, or with False, as PWM's released code, the expectation
             over symlog bins; None for what the model's config says.
+        ray: Cluster to work on, or its address, instead of here: a unit of work is `together` tasks from one seed, and
+            gets on with its last checkpoint where its machine dies. `out` must be a folder that all nodes see.
         progress_bar: Show a bar for each task and one for all.
         **settings: Arguments of `PWM` other than policy, env and seed; what is not given is as in `SETTINGS`. A
             schedule of the learning rate must have a repr that tells it from others, as SB3's `LinearSchedule` has.
 
     Returns:
-        The results by task.
+        The results by task; of several seeds by "seed-<n>/<task>".
 
     Raises:
-        ImportError: If matplotlib is missing.
+        ConnectionError: If there is no cluster at the address.
+        ImportError: If matplotlib is missing, or Ray where it is asked for.
         ValueError: If an argument is out of range; a task has no data, is none that the model was trained on, or is
             padded otherwise than in the model; no episode is as long as the horizon; a policy diverges; or the
-            folder holds a run with other arguments.
+            folder holds a run with other arguments; or no node has room for a unit of work.
 
     Example:
         >>> import tempfile
@@ -154,7 +132,7 @@ def extract(
     if reward_in_task_units is not None:
         world_model = copy.copy(world_model)  # of the same weights
         world_model.config = dataclasses.replace(world_model.config, reward_in_task_units=reward_in_task_units)
-    plan = _Plan(
+    plan = Plan(
         world_model,
         dataset,
         chosen,
@@ -166,148 +144,129 @@ def extract(
         finetune,
         real_steps,
         episodes,
-        seed,
+        seed if isinstance(seed, int) else 0,
         checkpoint_every,
         {**SETTINGS, **settings, "policy_kwargs": nested},
     )
-    _check(plan)
-    size = len(chosen) if together is None or shared else together
-    _begin(plan, size)
+    check(plan)
+    plans = [plan] if isinstance(seed, int) else [_of_seed(plan, one) for one in dict.fromkeys(seed)]
+    size = len(chosen) if shared else together or (len(chosen) if ray is None else 1)
+    for one in plans:
+        begin(one, size)
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-    with show_task_progress(dict.fromkeys(chosen, updates + real_steps + episodes), progress_bar) as progress:
-        for group in groups:
-            if all(_result_path(plan, task).exists() for task in group):
-                progress.advance(group, updates + real_steps + episodes)
-            else:
-                _extract_group(plan, group, progress)
-    results = {task: TaskResult.load(_result_path(plan, task)) for task in chosen}
-    write_report(list(results.values()), plan.folder)
-    for leftover in plan.folder.glob("checkpoint-*.pt"):
-        leftover.unlink()
-    return results
+    units = [_Unit(number, group) for number in range(len(plans)) for group in groups]
+    with show_task_progress({name: plan.work for p in plans for name in p.names(chosen)}, progress_bar) as progress:
+        for unit in units:
+            if plans[unit.plan].is_done(unit.tasks):
+                progress.advance(plans[unit.plan].names(unit.tasks), plan.work)
+            elif ray is None:
+                _extract_group(plans[unit.plan], unit.tasks, progress)
+        if ray is not None:
+            left = [unit for unit in units if not plans[unit.plan].is_done(unit.tasks)]
+            _extract_on_ray(plans, left, RayCluster.of(ray), progress)
+    return {name: result for one in plans for name, result in _report(one).items()}
 
 
-# Before anything is trained
+class _Unit(NamedTuple):
+    """Tasks whose policies train in one program, as one piece of work."""
+
+    plan: int  # index of the seed's
+    tasks: tuple[str, ...]
 
 
-def _check(plan: _Plan) -> None:
-    config, dataset, horizon = plan.world_model.config, plan.dataset, plan.settings["horizon"]
-    known = config.tasks or (dataset.tasks if config.num_tasks == 0 and len(dataset.tasks) == 1 else ())
-    if not plan.tasks or len(set(plan.tasks)) != len(plan.tasks):
-        raise ValueError(f"expected distinct tasks, got {plan.tasks}.")
-    for task in plan.tasks:
-        if task not in known:
-            raise ValueError(
-                f"expected tasks that the world model was trained on, {', '.join(known) or 'which it does not name'}; "
-                f"got {task!r}. Pre-train a model on its data: pwm_gym.pretrain(dataset, ...)."
-            )
-        lengths = dataset.lengths[dataset.task_ids == dataset.tasks.index(task)] if task in dataset.tasks else ()
-        if not len(lengths):
-            raise ValueError(
-                f"expected data of every task, got no episode of {task!r} among {dataset.num_episodes} of "
-                f"{', '.join(dataset.tasks)}. Collect some, or leave it out of `tasks`."
-            )
-        needed = max(horizon, plan.settings.get("model_horizon", 0) if plan.finetune else 0)
-        if max(lengths) < needed:
-            raise ValueError(
-                f"expected an episode of {task!r} that is at least as long as the horizon of {needed} steps, got "
-                f"{max(lengths)} at most. Use a shorter horizon."
-            )
-        own, data = (config.for_task(task) if config.num_tasks else config), dataset.of_tasks(task)
-        if (own.observation_dim, own.action_dim) != (data.observation_dim, data.action_dim):
-            raise ValueError(
-                f"expected {task!r} with {own.observation_dim} observations and {own.action_dim} actions beside its "
-                f"padding, as in the world model, got {data.observation_dim} and {data.action_dim}. The dataset's "
-                f"padding is another: import it with the task set that the model was trained on."
-            )
-        if plan.needs_env:
-            _check_env(plan, task, own.observation_dim, own.action_dim)
+def _of_seed(plan: Plan, seed: int) -> Plan:
+    return dataclasses.replace(plan, seed=seed, folder=plan.folder / f"seed-{seed}", prefix=f"seed-{seed}/")
 
 
-def _check_env(plan: _Plan, task: str, observation_dim: int, action_dim: int) -> None:
-    try:
-        env = plan.make_env(task)
-    except gym.error.Error as error:
-        raise ValueError(
-            f"expected a registered env for {task!r}, got none ({error}). Name it with env_ids={{{task!r}: ...}}, or "
-            f"skip the evaluation with episodes=0."
-        ) from error
-    shapes = env.observation_space.shape, env.action_space.shape
-    env.close()
-    if shapes != ((observation_dim,), (action_dim,)):
-        raise ValueError(
-            f"expected an env of shapes {(observation_dim,)} and {(action_dim,)} for {task!r}, got {shapes}."
-        )
+def _report(plan: Plan) -> dict[str, TaskResult]:
+    """Write the report of a finished folder and remove what was only there to go on from."""
+    results = [TaskResult.load(plan.result_path(task)) for task in plan.tasks]
+    write_report(results, plan.folder)
+    for pattern in ("checkpoint-*.pt", "progress-*.json"):
+        for leftover in plan.folder.glob(pattern):
+            leftover.unlink()
+    return dict(zip(plan.names(plan.tasks), results, strict=True))
 
 
-def _begin(plan: _Plan, together: int) -> None:
-    """Make the folder, or check that the run in it was begun with the same arguments."""
-    checksum = 0
-    for value in plan.world_model.state_dict().values():
-        checksum = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), checksum)
-    left_out = {"world_model", "dataset", "folder", "checkpoint_every", "settings"}
-    if together == 1:
-        left_out.add("tasks")  # more can be added
-    call = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in left_out}
-    call |= {"together": together, "model": checksum, "steps": plan.dataset.num_steps, "settings": repr(plan.settings)}
-    call["reward_in_task_units"] = plan.world_model.config.reward_in_task_units
-    call, note = json.loads(json.dumps(call)), plan.folder / "call.json"
-    if not note.exists():
-        with atomic_write(note) as file:
-            file.write(json.dumps(call, indent=1).encode())
+# On a cluster
+
+
+def _extract_on_ray(plans: list[Plan], units: list[_Unit], cluster: RayCluster, progress: TaskProgress) -> None:
+    """Have a cluster work on the units; the others go on where one fails."""
+    if not units:
         return
-    before = json.loads(note.read_text(encoding="utf-8"))
-    differing = sorted(name for name in before | call if before.get(name) != call.get(name))
-    if differing:
-        was, now = ({name: given.get(name) for name in differing} for given in (before, call))
+    model = plans[0].world_model
+    model = model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
+    sent = [dataclasses.replace(p, world_model=model, folder=p.folder.resolve()) for p in plans]
+    failures = []
+    for event in cluster.run(_Worker, (sent, cluster.device), units, sent[-1].folder / "call.json"):
+        for path in (path for plan in plans for path in plan.folder.glob("progress-*.json")):
+            progress.show(ProgressFile.read(path))
+        if event is not None:
+            plan, tasks = plans[units[event.number].plan], units[event.number].tasks
+            _progress_path(plan, tasks).unlink(missing_ok=True)
+            if event.failure is None:
+                progress.show(dict.fromkeys(plan.names(tasks), plan.work))
+            else:
+                failures.append(f"{', '.join(plan.names(tasks))}: {event.failure}")
+    if failures:
         raise ValueError(
-            f"expected the arguments that {os.fspath(plan.folder)!r} was begun with, {was}, got {now}. Give the same, "
-            f"or another `out` folder for a new run."
+            f"expected a policy for each task, but {len(failures)} of {len(units)} units of work failed; the others "
+            f"are done, and the same call tries these again. " + " | ".join(failures)
         )
 
 
-def _result_path(plan: _Plan, task: str) -> pathlib.Path:
-    return plan.folder / f"{task.replace('/', '_')}.json"
+class _Worker:
+    """Works on units in a process of a cluster."""
+
+    def __init__(self, shared: tuple[list[Plan], str]) -> None:
+        self._plans, device = shared
+        self._plans[0].world_model.to(device)  # the model of all plans
+
+    def __call__(self, unit: _Unit) -> None:
+        plan = self._plans[unit.plan]
+        _extract_group(plan, unit.tasks, ProgressFile(_progress_path(plan, unit.tasks)))
+
+
+def _progress_path(plan: Plan, tasks: Sequence[str]) -> pathlib.Path:
+    return plan.folder / f"progress-{plan.result_path(tasks[0]).name}"
 
 
 # Training and scoring
 
 
-def _extract_group(plan: _Plan, group: Sequence[str], progress: TaskProgress) -> None:
+def _extract_group(plan: Plan, group: Sequence[str], progress: Progress) -> None:
     """Train the policies of a group in one program, then finish each."""
     agents = [_make_agent(plan, task) for task in group]
     several = plan.world_model.config.num_tasks > 0
-    model = plan.world_model.for_task(group[0]) if several and len(group) == 1 else plan.world_model
+    model = plan.world_model.for_task(group[0], share=True) if several and len(group) == 1 else plan.world_model
     data = plan.dataset.of_tasks(*group) if plan.finetune else None
     bank = PolicyBank(agents, model, shared=plan.shared, finetune=data)
-    spent = _train(plan, bank, plan.folder / f"checkpoint-{_result_path(plan, group[0]).stem}.pt", group, progress)
+    spent = _train(plan, bank, plan.folder / f"checkpoint-{plan.result_path(group[0]).stem}.pt", group, progress)
     for task, agent in zip(group, agents, strict=True):
-        path = _result_path(plan, task)
+        path = plan.result_path(task)
         if path.exists():
-            progress.advance([task], plan.real_steps + plan.episodes)
+            progress.advance(plan.names([task]), plan.real_steps + plan.episodes)
             continue
         agent.save(path.with_suffix(".zip"))
         _finish(plan, task, path, spent / len(group), progress)
 
 
-def _make_agent(plan: _Plan, task: str) -> PWM:
+def _make_agent(plan: Plan, task: str) -> PWM:
     """Make an agent in the task's share of the model, with the real env's spaces where there is one."""
     config, data = plan.world_model.config, plan.dataset.of_tasks(task)
-    model = plan.world_model.for_task(task if config.num_tasks else None)
-    spaces: tuple[Any, Any] = (model.observation_space, model.action_space)
+    model = plan.world_model.for_task(task if config.num_tasks else None, share=not plan.finetune)
+    model = copy.deepcopy(model) if plan.finetune else copy.copy(model)  # of the same weights, where they stay
     if plan.needs_env:
         real = plan.make_env(task)
-        spaces = real.observation_space, real.action_space
+        model.observation_space, model.action_space = real.observation_space, real.action_space
         real.close()
-    extractor = copy.deepcopy(model.features_extractor)
-    copied = WorldModel(model.config, *spaces, extractor).to(model.device, model.dtype).eval()
-    copied.load_state_dict(model.state_dict())
-    env = LatentVectorEnv(copied, data, num_envs=plan.num_envs, horizon=plan.settings["horizon"])
+    env = LatentVectorEnv(model, data, num_envs=plan.num_envs, horizon=plan.settings["horizon"])
     return PWM("MlpPolicy", env, seed=plan.seed, **plan.settings)
 
 
 def _train(
-    plan: _Plan, bank: PolicyBank, checkpoint: pathlib.Path, group: Sequence[str], progress: TaskProgress
+    plan: Plan, bank: PolicyBank, checkpoint: pathlib.Path, group: Sequence[str], progress: Progress
 ) -> np.ndarray:
     """Train to the end, from the last checkpoint where there is one; returns the seconds in all (see `_clocks`)."""
     spent = np.zeros(2)
@@ -315,7 +274,7 @@ def _train(
         content = load_tensors(checkpoint, bank.world_model.device)
         bank.load_state_dict(content["bank"])
         spent = np.array(content["seconds"])
-    progress.advance(group, bank.updates)
+    progress.advance(plan.names(group), bank.updates)
     while bank.updates < plan.updates:
         began = _clocks()
         next_checkpoint = (bank.updates // plan.checkpoint_every + 1) * plan.checkpoint_every
@@ -323,7 +282,7 @@ def _train(
         count = end - bank.updates
         bank.train(count, remaining=1.0 - bank.updates / plan.updates)
         spent += _clocks() - began
-        progress.advance(group, count)
+        progress.advance(plan.names(group), count)
         if end in (plan.updates, next_checkpoint):
             with atomic_write(checkpoint) as file:
                 torch.save({"bank": bank.state_dict(), "seconds": spent.tolist()}, file)
@@ -336,7 +295,7 @@ def _clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progress: TaskProgress) -> None:
+def _finish(plan: Plan, task: str, path: pathlib.Path, spent: np.ndarray, progress: Progress) -> None:
     """Let an offline agent learn on the real env if it is to, score it, and write its result."""
     agent, returns, successes = _load(plan, path.with_suffix(".zip")), np.zeros(0), None
     data = plan.dataset.of_tasks(task)
@@ -364,18 +323,18 @@ def _finish(plan: _Plan, task: str, path: pathlib.Path, spent: np.ndarray, progr
         successes=() if successes is None else tuple(map(bool, successes)),
     ).save(path)
     shutil.rmtree(plan.folder / f"real-{path.stem}", ignore_errors=True)
-    progress.advance([task], plan.episodes)
+    progress.advance(plan.names([task]), plan.episodes)
 
 
-def _load(plan: _Plan, path: pathlib.Path, **kwargs: Any) -> PWM:
+def _load(plan: Plan, path: pathlib.Path, **kwargs: Any) -> PWM:
     """Read an agent of this run; a schedule has no plain form in its file, so that it is given."""
     rate = plan.settings.get("learning_rate")
     return PWM.load(path, **({"learning_rate": rate} if callable(rate) else {}), **kwargs)
 
 
-def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress) -> tuple[PWM, np.ndarray]:
+def _learn_for_real(plan: Plan, task: str, env: gym.Env, progress: Progress) -> tuple[PWM, np.ndarray]:
     """Go on with an offline agent on the real env and its data; returns it and the seconds (see `_clocks`)."""
-    path = _result_path(plan, task)
+    path = plan.result_path(task)
     folder, data = plan.folder / f"real-{path.stem}", plan.dataset.of_tasks(task)
     note, done, spent = folder / "state.json", 0, np.zeros(2)
     if note.exists():  # written last: it says which agent belongs to it
@@ -387,7 +346,7 @@ def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress
         agent.load_replay_buffer(folder / f"agent-{done}.replay")
     else:
         data.add_to(agent.sequence_replay())
-    progress.advance([task], done)
+    progress.advance(plan.names([task]), done)
     while done < plan.real_steps:
         began, steps = _clocks(), min(_REAL_CHUNK, plan.real_steps - done)
         agent.learn(steps, reset_num_timesteps=done == 0)
@@ -399,5 +358,5 @@ def _learn_for_real(plan: _Plan, task: str, env: gym.Env, progress: TaskProgress
         for old in folder.glob("agent-*"):
             if old.stem != f"agent-{done}":
                 old.unlink()
-        progress.advance([task], steps)
+        progress.advance(plan.names([task]), steps)
     return agent, spent

@@ -10,10 +10,12 @@ from pwm_gym.training.fitting import (
     world_model_loss,
 )
 from pwm_gym.training.pretraining import PAPER, pretrain
+from pwm_gym.training.ranks import Ranks
 from pwm_gym.training.validation import validate
 
 __all__ = [
     "PAPER",
+    "Ranks",
     "fast_matmul",
     "fit_world_model",
     "frozen",

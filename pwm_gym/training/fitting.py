@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from pwm_gym.progress import show_progress
 from pwm_gym.replay import WindowSource
 from pwm_gym.training.planning_learner import PlanningLearner
+from pwm_gym.training.ranks import Ranks
 from pwm_gym.world_model import WorldModel
 
 __all__ = [
+    "ModelLoss",
     "fast_matmul",
     "fit_world_model",
     "frozen",
@@ -168,6 +170,28 @@ def world_model_loss(
     return loss, metrics, unrolled
 
 
+class ModelLoss(nn.Module):
+    """`world_model_loss` as a module, of the kind that several processes can train together (`Ranks.wrap`).
+
+    Args:
+        world_model: The model.
+        rho: Weight ρ of later steps.
+        planning: Learner of values and policy prior; None to leave them out.
+    """
+
+    def __init__(self, world_model: WorldModel, rho: float, planning: PlanningLearner | None = None) -> None:
+        super().__init__()
+        self.world_model, self._rho, self._planning = world_model, rho, planning
+
+    def forward(
+        self, observations: Tensor, actions: Tensor, rewards: Tensor, terminated: Tensor, task: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Score windows; arguments and result are those of `world_model_loss`."""
+        return world_model_loss(
+            self.world_model, observations, actions, rewards, terminated, self._rho, task, self._planning
+        )
+
+
 def update_world_model(
     world_model: WorldModel,
     optimizer: torch.optim.Optimizer,
@@ -178,6 +202,8 @@ def update_world_model(
     rng: np.random.Generator | None = None,
     normalizer: VecNormalize | None = None,
     planning: PlanningLearner | None = None,
+    ranks: Ranks | None = None,
+    make_loss: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Tensor]:
     """Take one gradient step on a batch of windows, and return the loss's parts.
 
@@ -191,6 +217,8 @@ def update_world_model(
         rng: Generator to sample with.
         normalizer: The agent's `VecNormalize`, where it has one.
         planning: Learner of values and policy prior, to learn them too.
+        ranks: The processes that train together; `replay` gives each its part of a batch. None alone.
+        make_loss: Gives the `ModelLoss` of these that `Ranks.wrap` made; None alone.
     """
     length = replay.longest_window(horizon) or min(horizon, 1)  # an empty replay is what the error is then about
     windows = replay.sample_windows(batch_size, length, rng, normalizer)
@@ -199,22 +227,22 @@ def update_world_model(
         flat = world_model.preprocess({k: v.flatten(0, 1) for k, v in windows.observations.items()})
     else:
         flat = world_model.preprocess(windows.observations.flatten(0, 1))
-    observations = flat.unflatten(0, (length + 1, batch_size))  # (H + 1, B, O)
-    if not world_model.predicts_termination and world_model.termination_head is not None and windows.terminated.any():
-        world_model.expect_termination()
+    observations = flat.unflatten(0, (length + 1, -1))  # (H + 1, B, O)
+    if not world_model.predicts_termination and world_model.termination_head is not None:
+        ended = bool(windows.terminated.any())
+        if ended if ranks is None else ranks.any(ended):
+            world_model.expect_termination()
     task = None if windows.task is None else windows.task.to(world_model.device)  # (B,)
-    loss, metrics, latents = world_model_loss(
-        world_model,
+    loss = ModelLoss(world_model, rho, planning) if make_loss is None else make_loss()
+    score, metrics, latents = loss(
         observations,
         windows.actions.to(world_model.device, world_model.dtype),
         windows.rewards.to(world_model.device, world_model.dtype),
         windows.terminated.to(world_model.device),
-        rho,
         task,
-        planning,
     )
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    score.backward()
     metrics["model_grad_norm"] = nn.utils.clip_grad_norm_(world_model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     if planning is not None:

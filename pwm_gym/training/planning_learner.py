@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_gym.functional import two_hot_cross_entropy
+from pwm_gym.training.ranks import Ranks
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["PlanningLearner", "episode_discount"]
@@ -43,6 +44,7 @@ class PlanningLearner:
         max_grad_norm: Bound of the prior's gradient norm.
         seed: Of the noise of the prior's actions, and of which members are compared; or a generator of the caller's, on
             the model's device, to draw both from.
+        ranks: The processes that learn together, each from its part of a batch; None alone.
 
     Attributes:
         optimizer: The prior's Adam.
@@ -67,13 +69,14 @@ class PlanningLearner:
         tau: float = 0.01,
         max_grad_norm: float = 20.0,
         seed: int | torch.Generator = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         if world_model.value is None or world_model.policy_prior is None:
             raise ValueError(
                 "expected a world model with value ensemble and policy prior, got one without. Make it with "
                 "WorldModelConfig.preset(..., planning=True)."
             )
-        self._model, self._value = world_model, world_model.value
+        self._model, self._value, self._ranks = world_model, world_model.value, ranks or Ranks()
         self._parameters = list(world_model.policy_prior.parameters())
         self.optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, eps=1e-5, fused=True)
         self.entropy_coef, self.tau, self.max_grad_norm = entropy_coef, tau, max_grad_norm
@@ -110,12 +113,19 @@ class PlanningLearner:
         """
         model = self._model
         with torch.no_grad():
-            following = model.prior(next_latents, task, self._generator).actions  # (H, B, A)
+            following = model.prior(next_latents, task, noise=self._noise(next_latents)).actions  # (H, B, A)
             bootstrap = model.q(next_latents, following, task, "min", target=True, generator=self._generator)
             targets = rewards + model.discount(task) * ~terminated * bootstrap  # (H, B)
         logits = model.q_logits(latents, actions, task)  # (E, H, B, num_bins)
         config = model.config
         return two_hot_cross_entropy(logits, targets.expand(logits.shape[:-1]), config.vmin, config.vmax).mean((0, 2))
+
+    def _noise(self, z: Tensor) -> Tensor:
+        """Draw the noise of actions at z, (T, B, Z): (T, B, A), this process's part of what all draw."""
+        steps, rows = z.shape[:2]
+        shape = steps, rows * self._ranks.size, self._model.config.action_dim
+        noise = torch.randn(shape, generator=self._generator, dtype=z.dtype, device=z.device)
+        return noise[:, self._ranks.part(shape[1])]
 
     def update_prior(self, latents: Tensor, rho: float, task: int | Tensor | None = None) -> dict[str, Tensor]:
         """Take one gradient step on the policy prior, and move the target values.
@@ -133,16 +143,20 @@ class PlanningLearner:
         Returns:
             The loss and what it is made of, without gradient.
         """
-        latents = latents.detach()
-        sample = self._model.prior(latents, task, self._generator)
-        q = self._model.q(latents, sample.actions, task, "mean", generator=self._generator)  # (H + 1, B)
-        spread = q[0].detach().quantile(torch.tensor(_PERCENTILES, dtype=q.dtype, device=q.device)).diff()[0]
-        self.scale.lerp_(spread.clamp(min=1.0).to(self.scale), self.tau)
-        weights = rho ** torch.arange(len(q), dtype=q.dtype, device=q.device)  # (H + 1,)
-        entropy = sample.entropy.to(q.dtype)
-        loss = -(weights * (self.entropy_coef * entropy + q / self.scale).mean(1)).mean()
-        # Only the prior's gradients are computed: those of the values' weights are not part of this loss.
-        for parameter, gradient in zip(self._parameters, torch.autograd.grad(loss, self._parameters), strict=True):
+        latents, ranks = latents.detach(), self._ranks
+        with ranks.whole():
+            sample = self._model.prior(latents, task, noise=self._noise(latents))
+            q = self._model.q(latents, sample.actions, task, "mean", generator=self._generator)  # (H + 1, B)
+            levels = torch.tensor(_PERCENTILES, dtype=q.dtype, device=q.device)
+            spread = ranks.gather(q[0].detach()).quantile(levels).diff()[0]
+            self.scale.lerp_(spread.clamp(min=1.0).to(self.scale), self.tau)
+            weights = rho ** torch.arange(len(q), dtype=q.dtype, device=q.device)  # (H + 1,)
+            entropy = sample.entropy.to(q.dtype)
+            loss = -(weights * (self.entropy_coef * entropy + q / self.scale).mean(1)).mean()
+            # Only the prior's gradients are computed: those of the values' weights are not part of this loss.
+            gradients = torch.autograd.grad(loss, self._parameters)
+        ranks.mean_(gradients)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
         self.optimizer.step()

@@ -17,14 +17,16 @@ from gymnasium import spaces
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
-from torch import Tensor
+from torch import Tensor, nn
 
 from pwm_gym.datasets import OfflineDataset
+from pwm_gym.networks import PartDropout
 from pwm_gym.progress import show_progress
 from pwm_gym.replay import SequenceSamples
 from pwm_gym.serialization import atomic_write, load_tensors, to_json
-from pwm_gym.training.fitting import fast_matmul, make_model_optimizer, set_learning_rate, update_world_model
+from pwm_gym.training.fitting import ModelLoss, fast_matmul, make_model_optimizer, set_learning_rate, update_world_model
 from pwm_gym.training.planning_learner import PlanningLearner, episode_discount
+from pwm_gym.training.ranks import Ranks
 from pwm_gym.training.validation import TaskValidation, plot_validation, validate, write_validation
 from pwm_gym.world_model import WorldModel
 from pwm_gym.world_model.config import WorldModelConfig
@@ -92,11 +94,21 @@ def _make_model(
     return WorldModel(config, observation_space or dataset.observation_space, action_space or dataset.action_space)
 
 
-class _FiniteWindows:
-    """A dataset that refuses to hand out NaNs and infinities."""
+def _rate_share(step: int, settings: dict[str, Any]) -> float:
+    """Share of the learning rate at a step: a linear warm-up, then constant or half a cosine down to 0."""
+    warmup, updates = settings["warmup"], settings["updates"]
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings["learning_rate_schedule"] == "constant":
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, updates - warmup)))
 
-    def __init__(self, dataset: OfflineDataset) -> None:
-        self._dataset = dataset
+
+class _FiniteWindows:
+    """A dataset that hands out this process's part of each batch, and refuses NaNs and infinities."""
+
+    def __init__(self, dataset: OfflineDataset, part: slice) -> None:
+        self._dataset, self._part = dataset, part
 
     def longest_window(self, limit: int) -> int:
         return self._dataset.longest_window(limit)
@@ -109,7 +121,7 @@ class _FiniteWindows:
         normalizer: VecNormalize | None = None,
         /,
     ) -> SequenceSamples:
-        windows = self._dataset.sample_windows(batch_size, horizon, rng, normalizer)
+        windows = self._dataset.sample_windows(batch_size, horizon, rng, normalizer, self._part)
         for name in ("observations", "actions", "rewards"):
             finite = torch.isfinite(getattr(windows, name)).flatten(2 if name != "rewards" else 1)
             finite = finite.all(-1) if name != "rewards" else finite
@@ -126,19 +138,35 @@ class _FiniteWindows:
 class _Run:
     """A model in training, with all that an exact resume needs."""
 
-    def __init__(self, model: WorldModel, settings: dict[str, Any], seed: int) -> None:
-        self.model, self.settings, self.step = model, settings, 0
+    def __init__(self, model: WorldModel, settings: dict[str, Any], seed: int, ranks: Ranks) -> None:
+        self.model, self.settings, self.ranks, self.step = model, settings, ranks, 0
+        planned = model.value is not None and model.policy_prior is not None
+        rate = settings["policy_learning_rate"]
+        self.planning = PlanningLearner(model, rate, seed=seed, ranks=ranks) if planned else None
+        self._part = ranks.part(settings["batch_size"])
+        for module in model.modules():
+            if isinstance(module, PartDropout) and ranks.size > 1:
+                module.part, module.count = self._part, settings["batch_size"]
+        self._loss: nn.Module | None = None
+        self._ends = model.predicts_termination  # when it was made
+        self._make_loss()  # before the optimizer, which is to have the parameters that it leaves
         self.optimizer = make_model_optimizer(model, settings["learning_rate"])
-        self.planning = (
-            PlanningLearner(model, settings["policy_learning_rate"], seed=seed)
-            if model.value is not None and model.policy_prior is not None
-            else None
-        )
         self.rng = np.random.default_rng(seed)
         self.seconds = 0.0  # of training so far, before resumes included
 
-    def update(self, windows: _FiniteWindows) -> dict[str, Tensor]:
-        settings, share = self.settings, self._rate_share()
+    def _make_loss(self) -> nn.Module:
+        """Give the loss, made anew when the termination head begins to take part in it."""
+        model, ends = self.model, self.model.predicts_termination
+        if self._loss is None or (ends != self._ends and not self.ranks.sharded):
+            apart = () if model.policy_prior is None else tuple(model.policy_prior.parameters())
+            idle = () if ends or model.termination_head is None else tuple(model.termination_head.parameters())
+            self._loss = None  # with its hooks
+            self._loss = self.ranks.wrap(ModelLoss(model, self.settings["rho"], self.planning), apart, idle)
+            self._ends = ends
+        return self._loss
+
+    def update(self, dataset: OfflineDataset) -> dict[str, Tensor]:
+        settings, share = self.settings, _rate_share(self.step, self.settings)
         set_learning_rate(self.optimizer, share * settings["learning_rate"])
         if self.planning is not None:
             set_learning_rate(self.planning.optimizer, share * settings["policy_learning_rate"])
@@ -149,41 +177,50 @@ class _Run:
             metrics = update_world_model(
                 self.model,
                 self.optimizer,
-                windows,
+                _FiniteWindows(dataset, self._part),
                 settings["batch_size"],
                 settings["horizon"],
                 settings["rho"],
                 self.rng,
                 planning=self.planning,
+                ranks=self.ranks,
+                make_loss=self._make_loss,
             )
         self.step += 1
         return metrics
 
-    def _rate_share(self) -> float:
-        """Share of the learning rate at this step: a linear warm-up, then constant or half a cosine down to 0."""
-        warmup, updates = self.settings["warmup"], self.settings["updates"]
-        if self.step < warmup:
-            return (self.step + 1) / warmup
-        if self.settings["learning_rate_schedule"] == "constant":
-            return 1.0
-        return 0.5 * (1.0 + math.cos(math.pi * (self.step - warmup) / max(1, updates - warmup)))
+    def mean(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give metrics of the whole batch."""
+        metrics = {name: self.ranks.full(value).clone() for name, value in metrics.items()}
+        self.ranks.mean_(list(metrics.values()))
+        return metrics
+
+    def whole_model(self) -> WorldModel:
+        """Give the model with all of its weights; each process must call it where they are shared out."""
+        if not self.ranks.sharded:
+            return self.model
+        model = WorldModel(self.model.config, self.model.observation_space, self.model.action_space)
+        model.load_state_dict(self.ranks.full(dict(self.model.state_dict())))
+        return model.to(self.model.device, self.model.dtype).eval()
 
     def save(self, path: pathlib.Path) -> None:
-        cuda = self.model.device.type == "cuda"
+        """Write a checkpoint, once for all processes; each must call it."""
+        cuda, full = self.model.device.type == "cuda", self.ranks.full
         content = {
             "format": _FORMAT,
             "settings": json.dumps(self.settings, sort_keys=True),
             "step": self.step,
             "seconds": self.seconds,
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "planning": self.planning.state_dict() if self.planning else None,
+            "model": full(dict(self.model.state_dict())),
+            "optimizer": full(self.optimizer.state_dict()),
+            "planning": full(self.planning.state_dict()) if self.planning else None,
             "rng": json.dumps(self.rng.bit_generator.state),
             "torch_rng": torch.get_rng_state(),  # of dropout
             "cuda_rng": torch.cuda.get_rng_state(self.model.device) if cuda else None,
         }
-        with atomic_write(path) as file:
-            torch.save(content, file)
+        if self.ranks.rank == 0:
+            with atomic_write(path) as file:
+                torch.save(content, file)
 
     def resume(self, path: pathlib.Path) -> None:
         content = load_tensors(path, self.model.device)
@@ -199,7 +236,11 @@ class _Run:
                 f"expected the settings that {os.fspath(path)!r} was begun with, {was}, got "
                 f"{ {key: now.get(key) for key in was} }. Give the same, or another `out` folder for a new run."
             )
-        self.model.load_state_dict(content["model"])
+        share_out, weights = self.ranks.share_out, self.model.state_dict()
+        self.model.load_state_dict({name: share_out(value, weights[name]) for name, value in content["model"].items()})
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, state in content["optimizer"]["state"].items():
+            state |= {name: share_out(value, parameters[index]) for name, value in state.items()}
         self.optimizer.load_state_dict(content["optimizer"])
         if self.planning is not None:
             self.planning.load_state_dict(content["planning"])
@@ -237,6 +278,7 @@ def pretrain(
     action_space: spaces.Space | None = None,
     world_model: WorldModel | None = None,
     world_model_kwargs: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> WorldModel:
     """Train a world model on offline data of one task or several, without touching an env.
 
@@ -274,14 +316,18 @@ def pretrain(
         world_model: A model to go on from, trained in place, instead of a new one of `size`; it says by itself
             whether it has what `planning` is about.
         world_model_kwargs: Any field of `WorldModelConfig`.
+        ranks: The processes that train this model together (`Ranks.join`), each calling this with the same arguments;
+            they decide the device. None alone.
 
     Returns:
         The trained model, in evaluation mode.
 
     Raises:
+        ConnectionError: If another process isn't heard of in time.
         ImportError: If `tensorboard` or a picture is asked for and its package is missing.
-        ValueError: If an argument is out of range, the dataset is empty, holds a number that is not finite or does
-            not fit the model, the loss diverges, or `out` holds a run with other settings.
+        ValueError: If an argument is out of range, processes differ in arguments or data, the dataset is empty, holds
+            a number that is not finite or does not fit the model, the loss diverges, or `out` holds a run with other
+            settings.
 
     Example:
         >>> from pwm_gym.datasets import Episode
@@ -313,8 +359,13 @@ def pretrain(
         raise ValueError("expected `out` beside tensorboard=True: the folder that the logs go to.")
     if out is not None and held_out and importlib.util.find_spec("matplotlib") is None:
         raise ImportError('the picture of the validation needs matplotlib: pip install "pwm-gym[examples]"')
+    if ranks is None and Ranks.launched():
+        raise ValueError(
+            "expected `ranks` in a script that torchrun started: pretrain(..., ranks=ranks) in Ranks.join()."
+        )
+    ranks = ranks or Ranks()
     train, held = dataset.split(held_out, seed) if held_out else (dataset, None)
-    device = get_device(device)
+    device = ranks.device or get_device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws from the global one
         torch.manual_seed(seed)
         if world_model is None:
@@ -324,14 +375,20 @@ def pretrain(
         _check_fit(world_model, dataset)
         world_model.to(device)
         settings |= {"config": to_json(dataclasses.asdict(world_model.config)), "steps": dataset.num_steps}
-        run, folder = _Run(world_model, settings, seed), None if out is None else pathlib.Path(out)
-        if folder is not None and (folder / "checkpoint.pt").exists():
+        folder = None if out is None else pathlib.Path(out)
+        begun = folder is not None and (folder / "checkpoint.pt").exists()
+        others = {"checkpoint_every": checkpoint_every, "validate_every": validate_every, "log_every": log_every}
+        ranks.agree("arguments and data", {**settings, **others, "data": dataset.checksum(), "has_checkpoint": begun})
+        run = _Run(world_model, settings, seed, ranks)
+        if folder is not None and begun:
             run.resume(folder / "checkpoint.pt")
-        logger = configure(str(folder), ["tensorboard"]) if tensorboard else Logger(None, [])
-        with show_progress(updates, "pre-training", "update", progress_bar, run.step) as bar:
+        leads = ranks.rank == 0
+        logger = configure(str(folder), ["tensorboard"]) if tensorboard and leads else Logger(None, [])
+        with show_progress(updates, "pre-training", "update", progress_bar and leads, run.step) as bar:
             _train(run, train, held, bar, folder, logger, checkpoint_every, validate_every, log_every)
-        if folder is not None:
-            _finish(run, held, folder, logger)
+        world_model = run.whole_model()
+        if folder is not None and leads:
+            _finish(run, world_model, held, folder, logger)
         logger.close()
     return world_model.eval()
 
@@ -347,12 +404,13 @@ def _train(
     validate_every: int | None,
     log_every: int,
 ) -> None:
-    windows, began = _FiniteWindows(train), time.perf_counter()
+    began = time.perf_counter()
     while run.step < run.settings["updates"]:
-        metrics = run.update(windows)
+        metrics = run.update(train)
         bar.update()
         last = run.step == run.settings["updates"]
         if run.step % log_every == 0 or last or (run.step % checkpoint_every == 0 and folder is not None):
+            metrics = run.mean(metrics)
             loss = float(metrics["model_loss"])
             if not math.isfinite(loss):
                 raise ValueError(
@@ -368,7 +426,9 @@ def _train(
         if folder is not None and (run.step % checkpoint_every == 0 or last):
             run.save(folder / "checkpoint.pt")
         if held is not None and validate_every is not None and run.step % validate_every == 0 and not last:
-            _log_validation(validate(run.model, held), logger, run.step)
+            model = run.whole_model()
+            if run.ranks.rank == 0:
+                _log_validation(validate(model, held), logger, run.step)
 
 
 def _log_validation(results: dict[str, TaskValidation], logger: Logger, step: int) -> None:
@@ -380,18 +440,19 @@ def _log_validation(results: dict[str, TaskValidation], logger: Logger, step: in
     logger.dump(step)
 
 
-def _finish(run: _Run, held: OfflineDataset | None, folder: pathlib.Path, logger: Logger) -> None:
+def _finish(run: _Run, model: WorldModel, held: OfflineDataset | None, folder: pathlib.Path, logger: Logger) -> None:
     """Leave model, validation and a summary in the folder."""
-    run.model.eval().save(folder / "world_model.pt")
+    model.eval().save(folder / "world_model.pt")
     summary = {
         "updates": run.step,
         "seconds": round(run.seconds, 1),
         "samples_per_second": round(run.step * run.settings["batch_size"] / max(run.seconds, 1e-9), 1),
         "peak_memory_mb": round(_peak_memory() / 2**20, 1),
         "device": str(run.model.device),
+        "processes": run.ranks.size,
     }
     if held is not None:
-        results = validate(run.model, held)
+        results = validate(model, held)
         _log_validation(results, logger, run.step)
         write_validation(results, folder / "validation.csv")
         plot_validation(results, folder / "validation.png", f"held-out episodes after {run.step:,} updates")

@@ -383,7 +383,7 @@ class WorldModel(nn.Module):
     # One task of several
 
     @torch.no_grad()
-    def for_task(self, task: int | str | None) -> WorldModel:
+    def for_task(self, task: int | str | None, share: bool = False) -> WorldModel:
         """Make the single-task model of one of the tasks, which takes that task's own observations and actions.
 
         The embedding of a fixed task is a constant input, and so it becomes a part of the first layers' biases; the
@@ -392,6 +392,8 @@ class WorldModel(nn.Module):
 
         Args:
             task: Name or index; None for a single-task model.
+            share: Copy the first layers only, and have the others' weights in common with this model: for models that
+                stay as they are.
 
         Returns:
             A single-task model in evaluation mode, or this very model where it is for a single task.
@@ -413,9 +415,11 @@ class WorldModel(nn.Module):
             observation_space = leading(observation_space, single.observation_dim)
         if config.action_dims:
             action_space = leading(action_space, single.action_dim)
-        with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
-            model = WorldModel(single, observation_space, action_space).to(self.device, self.dtype)
-        model.load_state_dict(fold_task(self.state_dict(), self.embedding(index), config, single))
+        with torch.device("meta"):  # its weights come from here
+            model = WorldModel(single, observation_space, action_space)
+        folded = fold_task(self.state_dict(), self.embedding(index), config, single)
+        model.load_state_dict({k: v if share else v.clone() for k, v in folded.items()}, assign=True)
+        model.bins = self.bins
         return model.eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:
