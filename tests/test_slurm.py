@@ -18,7 +18,7 @@ def dry_run(folder: pathlib.Path, script: str, *arguments: str, **job: str) -> l
     """Run a script with stand-ins: `srun` notes its words, and fails for what `failing` names."""
     stands_in = {
         "scontrol": "printf 'n1\\nn2\\nn3\\n'",
-        "srun": f"printf '%s\\t' \"$@\" >> {folder}/calls; echo >> {folder}/calls",
+        "srun": f'line=$(printf \'%s\\t\' "$@"); echo "$line" >> {folder}/calls',  # in one write
         "sleep": "true",
     }
     for name, content in stands_in.items():
@@ -26,8 +26,9 @@ def dry_run(folder: pathlib.Path, script: str, *arguments: str, **job: str) -> l
         path.write_text(f"#!/bin/bash\n{content}\n")
         path.chmod(0o755)
     env = os.environ | JOB | job | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["bash", str(SCRIPTS / script), *arguments], env=env, check=True, timeout=60)
-    return [line.split("\t")[:-1] for line in (folder / "calls").read_text().splitlines()]
+    # Capturing its output waits for what the script leaves in the background, too.
+    subprocess.run(["bash", str(SCRIPTS / script), *arguments], env=env, check=True, timeout=60, capture_output=True)
+    return [line.rstrip("\t").split("\t") for line in (folder / "calls").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.iterdir()))

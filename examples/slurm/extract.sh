@@ -15,7 +15,7 @@ set -euo pipefail
 model=$1 dataset=$2 out=$3
 shift 3
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$head:$((20000 + SLURM_JOB_ID % 10000))
 gpus=${SLURM_GPUS_ON_NODE:-0}
 node=(--num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus "$gpus" --block)
