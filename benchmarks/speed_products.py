@@ -23,6 +23,7 @@ PRODUCTS: dict[Any, tuple[int, int]] = {  # operator -> where its two factors st
     _aten.addmv.default: (1, 2),
     _aten.mkldnn_linear.default: (0, 1),
 }
+_INTO_A_TENSOR = {_aten.mm.out: _aten.mm.default, _aten.addmm.out: _aten.addmm.default}  # replayed into a new one
 
 
 class Layout(NamedTuple):
@@ -79,8 +80,10 @@ class _Recorder(TorchDispatchMode):
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS:
-            self.products.append(Product(func, tuple(map(self._layout, args)), dict(kwargs or {})))
+        product = _INTO_A_TENSOR.get(func, func)
+        if product in PRODUCTS:
+            options = {name: value for name, value in (kwargs or {}).items() if name != "out"}
+            self.products.append(Product(product, tuple(map(self._layout, args)), options))
         else:
             self.other[func._schema.name] = self.other.get(func._schema.name, 0) + 1
         return func(*args, **(kwargs or {}))
