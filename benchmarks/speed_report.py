@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 from pwm_gym.serialization import atomic_write
 
@@ -83,11 +84,10 @@ def page(tables: Tables) -> str:
     return "\n".join(lines)
 
 
-def draw(path: pathlib.Path, tables: Tables) -> None:
-    """Plot the updates' ratios with their goals, and how rollouts grow."""
+def draw_updates(file: IO[bytes], updates: Sequence[Row]) -> None:
+    """Plot the updates' ratios with their goals."""
     from matplotlib.figure import Figure
 
-    updates = [row for row in tables["ratios"] if row["part"] == "update"]
     panels = [
         ("products / ", "share of an update that its\nmatrix products take"),
         ("reference", "times faster than PWM's\nreleased code"),
@@ -107,12 +107,16 @@ def draw(path: pathlib.Path, tables: Tables) -> None:
                 axes.plot([float(row["goal"])] * 2, [y - 0.4, y + 0.4], color="#d55e00", linewidth=2)
         axes.set_yticks(range(len(rows)), labels, fontsize=7)
         axes.set_title(f"{title} (line: goal)", fontsize=9)
-    with atomic_write(path / "updates.png") as file:
-        figure.savefig(file, format="png", dpi=120)
+    figure.savefig(file, format="png", dpi=120)
+
+
+def draw_growth(file: IO[bytes], growth: Sequence[Row]) -> None:
+    """Plot how the time of a rollout grows with envs, horizon and latent size."""
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, varied in zip(figure.subplots(1, 3), SHOWN, strict=True):
-        rows = sorted((row for row in tables["growth"] if row["varied"] == varied), key=lambda row: int(row[varied]))
+        rows = sorted((row for row in growth if row["varied"] == varied), key=lambda row: int(row[varied]))
         for kind in ("forward", "with gradients"):
             axes.loglog([int(r[varied]) for r in rows], [float(r[f"{kind}_ms"]) for r in rows], marker=".", label=kind)
         others = [f"{SHOWN[name]} {rows[0][name]}" for name in SHOWN if name != varied and rows]
@@ -121,12 +125,15 @@ def draw(path: pathlib.Path, tables: Tables) -> None:
         axes.set_title(", ".join(others), fontsize=9)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, frameon=False)
-    with atomic_write(path / "growth.png") as file:
-        figure.savefig(file, format="png", dpi=120)
+    figure.savefig(file, format="png", dpi=120)
 
 
 def write_report(path: pathlib.Path, tables: Tables) -> None:
-    """Write page and plots into a folder."""
+    """Write the page into a folder, and plots of what has been measured."""
     with atomic_write(path / "speed.md") as file:
         file.write(page(tables).encode())
-    draw(path, tables)
+    updates = [row for row in tables["ratios"] if row["part"] == "update"]
+    for name, draw, rows in (("updates", draw_updates, updates), ("growth", draw_growth, tables["growth"])):
+        if rows:
+            with atomic_write(path / f"{name}.png") as file:
+                draw(file, rows)

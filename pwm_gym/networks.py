@@ -147,19 +147,28 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(self.bias, F.layer_norm(x, (self.features,), eps=self.eps), self.weight)
 
 
+def _watched(layer: nn.Module) -> bool:
+    """Tell whether someone looks at this layer's own input, output or gradient."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return any(hooks)
+
+
 def _flatten(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
     for layer in layers:
-        if isinstance(layer, Layers):
-            yield from _flatten(layer)
+        if type(layer).forward is Layers.forward and not _watched(layer):
+            yield from _flatten(layer)  # type: ignore[arg-type]
         elif not (isinstance(layer, nn.Dropout) and not layer.training):  # which does nothing
             yield layer
 
 
 def _blocks(layers: Iterable[nn.Module]) -> list[Block] | None:
-    """Group layers into linear maps and what follows each; None where a layer is of another kind, or has hooks."""
+    """Group layers into linear maps and what follows each; None where a layer is of another kind, or is watched.
+
+    Sizes that don't fit give None, too: PyTorch's modules then say what is wrong, where a kernel would read elsewhere.
+    """
     remaining: list[Any] = list(_flatten(layers))
     blocks: list[Block] = []
-    if any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in remaining):
+    if any(map(_watched, remaining)):
         return None
     while remaining:
         linear = remaining.pop(0)
@@ -174,9 +183,11 @@ def _blocks(layers: Iterable[nn.Module]) -> list[Block] | None:
         norm, other = (first, second) if isinstance(first, nn.LayerNorm | EnsembleLayerNorm) else (second, first)
         if not isinstance(norm, nn.LayerNorm | EnsembleLayerNorm) or norm.weight is None or norm.bias is None:
             return None
+        if norm.weight.shape != linear.bias.shape or norm.weight.dtype is not linear.weight.dtype:
+            return None
         if isinstance(other, Mish | nn.Mish):
             kind, groups = Kind.NORM_MISH if norm is first else Kind.MISH_NORM, 1
-        elif isinstance(other, SimNorm) and norm is first:
+        elif isinstance(other, SimNorm) and norm is first and norm.weight.shape[-1] % other.group_size == 0:
             kind, groups = Kind.NORM_SIMNORM, norm.weight.shape[-1] // other.group_size
         else:
             return None

@@ -164,11 +164,26 @@ def test_what_the_kernels_do_not_know_is_left_to_pytorch(spoil, monkeypatch):
     assert not [call for call in calls if len(call[0]) == 3]
 
 
-def test_a_hook_on_a_layer_is_called():
-    network, seen = _randomised(_actor), []
-    network[2].register_forward_hook(lambda module, inputs, output: seen.append(output))
+@pytest.mark.parametrize("path", ["0", "0.1"], ids=["a block", "a layer of a block"])
+def test_a_hook_is_called(path):
+    network, seen = _randomised(_mlp), []
+    network.get_submodule(path).register_forward_hook(lambda module, inputs, output: seen.append(output))
     network(torch.randn(5, 7))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Layers(nn.Linear(7, 8), nn.LayerNorm(16), Mish()),
+        Layers(nn.Linear(7, 8), nn.LayerNorm((2, 4)), Mish()),
+        Layers(nn.Linear(7, 10), nn.LayerNorm(10), SimNorm(4)),
+    ],
+    ids=["norm of another width", "norm over two axes", "groups that don't divide"],
+)
+def test_sizes_that_do_not_fit_are_refused_by_pytorch(network):
+    with pytest.raises(RuntimeError):
+        network(torch.randn(1, 7))
 
 
 def test_dropout_in_training_mode_drops():

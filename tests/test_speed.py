@@ -188,6 +188,11 @@ def test_report_shows_every_row_and_whether_its_goal_is_met(module: Any, tmp_pat
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_draws_nothing_that_was_not_measured(module: Any, tmp_path: pathlib.Path):
+    module("speed_report").write_report(tmp_path, {"ratios": [], "growth": [], "loop": [], "accuracy": []})
+    assert [path.name for path in tmp_path.iterdir()] == ["speed.md"]
+
+
 def calls_made(work: Any) -> int:
     """Count the Python functions that a piece of work calls."""
     count = 0

@@ -313,6 +313,7 @@ class PolicyBank:
             if self._finetuning is not None:
                 task = env.world_model.config.tasks[0] if self.world_model.config.num_tasks else None
                 env.world_model.load_state_dict(self.world_model.for_task(task).state_dict())
+            agent.policy.actor.reset_average()
             agent._n_updates = self.updates
             agent.num_timesteps = self.updates * self._rows * agent.horizon
 
