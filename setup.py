@@ -17,7 +17,8 @@ setup(
     ext_modules=[
         Extension(
             "pwm_gym._kernels",
-            ["pwm_gym/_kernels.c"],
+            ["pwm_gym/_kernels.c", "pwm_gym/_products.c"],
+            depends=["pwm_gym/_kernels.h"],
             extra_compile_args=[*flags, *openmp],
             extra_link_args=openmp,
             py_limited_api=True,

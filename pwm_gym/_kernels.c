@@ -12,8 +12,9 @@
 
    SimNorm: feature v G + g is member v of group g, v < F / G; a softmax over v. */
 
+#include "_kernels.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,16 +22,6 @@
 #define PER_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define PER_PROCESSOR
-#endif
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-#if defined(_MSC_VER)
-#define INLINE static __forceinline
-#else
-#define INLINE static inline __attribute__((always_inline))
 #endif
 
 /* exp(x) to 2 units in the last place for x in [-87, 88], else that of the nearer end; NaN stays NaN. */
@@ -214,8 +205,6 @@ static PER_PROCESSOR void norm_simnorm_backward(const float *x, const float *w, 
     }
     free(along);
 }
-
-enum { NORM_MISH, MISH_NORM, NORM_SIMNORM };
 
 /* Work on `rows` rows of x, (rows, F), with parameters w and b, (rows / per_member, F), in `threads` threads: writes
    y, (rows, F), and stats, (rows, 2). `G` is SimNorm's number of groups. */

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Block", "Kind", "available", "run", "usable"]
+__all__ = ["Block", "Kind", "available", "library", "run", "usable"]
 
 _PARALLEL = 1 << 16  # elements from which on several threads pay
 
@@ -62,6 +62,11 @@ def _load() -> ctypes.CDLL | None:
 
 
 _library = _load()
+
+
+def library() -> ctypes.CDLL | None:
+    """Give the library; None where it wasn't built or is left alone."""
+    return _library
 
 
 def available() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 
-from pwm_gym import kernels
+from pwm_gym import bf16, kernels
 from pwm_gym.kernels import Block, Kind
 
 __all__ = [
@@ -211,7 +211,7 @@ class Layers(nn.Sequential):
         """Apply all layers in turn."""
         blocks = _blocks(self)
         if blocks is not None and kernels.usable(x, blocks):
-            return kernels.run(blocks, x)
+            return bf16.run(blocks, x) if bf16.usable(x, blocks) else kernels.run(blocks, x)
         return super().forward(x)
 
 
