@@ -13,6 +13,7 @@ import torch
 from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
 
+from pwm_gym.bf16 import fixed_weights
 from pwm_gym.differentiable import DifferentiableVectorEnv
 from pwm_gym.functional import td_lambda_returns
 from pwm_gym.networks import Stacked
@@ -85,6 +86,7 @@ def _to_action_space(env: DifferentiableVectorEnv, actions: Tensor) -> Tensor:
     return (low + (actions + 1.0) * 0.5 * (high - low)).reshape(env.action_space.shape)  # type: ignore[arg-type]
 
 
+@fixed_weights()
 def rollout(
     env: DifferentiableVectorEnv,
     observations: Tensor,

@@ -12,6 +12,7 @@ import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
+from pwm_gym import bf16
 from pwm_gym.progress import show_progress
 from pwm_gym.replay import WindowSource
 from pwm_gym.training.planning_learner import PlanningLearner
@@ -67,7 +68,7 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 
     On AMD processors MKL, torch's default, runs them at half of oneDNN's speed.
     """
-    if device.type != "cpu" or not _fast_matmul_is_exact():
+    if device.type != "cpu" or bf16.available() or not _fast_matmul_is_exact():  # "medium" means bf16 to `bf16`
         yield
         return
     before = torch.get_float32_matmul_precision()
@@ -110,6 +111,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
+@bf16.fixed_weights()
 def world_model_loss(
     world_model: WorldModel,
     observations: Tensor,
