@@ -163,6 +163,10 @@ struct left { /* where a block's tiles of A are, in bf16 */
 AMX static void block(const bf16 *a, struct left l, const bf16 *b, size depth, const float *bias, int add, float *c, size ldc,
                       size rows, size columns) {
     int whole = rows >= 32 && columns >= 32;
+    for (size i = 0; i < least(rows, 32); i++) { /* what is stored in the end */
+        _mm_prefetch((const char *)(c + i * ldc), _MM_HINT_T0);
+        _mm_prefetch((const char *)(c + i * ldc + 16), _MM_HINT_T0);
+    }
     BARRIER;
     if (bias) {
         _tile_loadd(0, bias, 0);
@@ -250,7 +254,7 @@ struct network {
 };
 
 struct spans { /* where in its buffer a layer's part begins, in bytes */
-    size forward, backward;       /* packed weights: right factors of x W' and, of gradients, of h W */
+    size forward, backward;       /* packed weights of a member: right factors, of x and of gradients */
     size input, inner, stats;     /* saved: what comes in, in bf16; what comes out of the linear map; of the norm */
     size gradient, sums;          /* work: gradient of `inner` in bf16; each thread's sums for the small gradients */
 };
@@ -265,8 +269,8 @@ static struct spans locate(const struct network *n, struct spans *at) {
     for (int i = 0; i < n->count; i++) {
         const struct layer *l = n->layers + i;
         at[i] = end;
-        end.forward += E * (packed_size(l->in, l->out) + 4 * up(l->out, 32)); /* weight and bias of a member */
-        end.backward += E * packed_size(l->out, l->in);
+        end.forward += packed_size(l->in, l->out) + 4 * up(l->out, 32); /* weight and bias */
+        end.backward += packed_size(l->out, l->in);
         size kept = (i == 0 && n->shared ? 1 : E) * rows * pitch(l->in) * 2;
         at[i].inner = at[i].input + kept;
         at[i].stats = at[i].inner + up(l->kind == NOTHING ? 0 : 4 * E * n->rows * l->out, 64);
@@ -298,17 +302,38 @@ INLINE size widest(const struct network *n) {
     return F;
 }
 
-/* y = network(x) on the rows [from, to) of each member; without `saved`, what lies between stays in scratch. */
-AMX static void forward_rows(const struct network *n, const char *packed, const float *const *parameters, const float *x,
-                             float *y, char *saved, size from, size to) {
+/* Pack weights of a member for one of the two ways; for the way back those above layer `lowest`. */
+AMX static void pack_member(const struct network *n, const float *const *parameters, size e, int backward, int lowest, char *packed) {
     struct spans at[12];
     locate(n, at);
+    for (int i = lowest; i < n->count; i++) {
+        size K = n->layers[i].in, N = n->layers[i].out;
+        const float *weight = parameters[4 * i] + e * K * N;
+        bf16 *to = (bf16 *)(packed + (backward ? at[i].backward : at[i].forward));
+        if (backward) { /* the factor (N, K) */
+            n->plain ? pack_weight(to, weight, K, N, K) : pack_turned(to, weight, N, N, K);
+        } else { /* (K, N) */
+            float *bias = (float *)((char *)to + packed_size(K, N));
+            n->plain ? pack_turned(to, weight, K, K, N) : pack_weight(to, weight, N, K, N);
+            memset(bias, 0, 4 * up(N, 32));
+            memcpy(bias, parameters[4 * i + 1] + e * N, 4 * N);
+        }
+    }
+}
+
+/* y = network(x) on the rows [from, to) of each member. Without `packed`, weights are packed into scratch; without
+   `saved`, what lies between layers stays there. */
+AMX static void forward_rows(const struct network *n, const char *packed, const float *const *parameters, const float *x,
+                             float *y, char *saved, size from, size to) {
+    struct spans at[12], end = locate(n, at);
     size F = widest(n), R = n->rows;
-    char *own = scratch(CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8);
+    char *own = scratch(CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8 + end.forward), *weights = own + CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8;
     bf16 *rounded[2] = {(bf16 *)own, (bf16 *)own + CHUNK * F};
     float *inner = (float *)(own + CHUNK * F * 4), *activated = inner + CHUNK * F, *stats = activated + 32 * F;
     configure();
-    for (size e = 0; e < n->members; e++)
+    for (size e = 0; e < n->members; e++) {
+        const char *mine = packed ? packed + e * end.forward : weights;
+        if (!packed) pack_member(n, parameters, e, 0, 0, weights);
         for (size r = from; r < to; r += CHUNK) {
             size rows = least(CHUNK, to - r), padded = up(R, 32);
             bf16 *a = saved ? (bf16 *)(saved + at[0].input) + ((n->shared ? 0 : e * padded) + r) * pitch(n->layers[0].in) : rounded[0];
@@ -317,7 +342,7 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
             for (int i = 0; i < n->count; i++) {
                 const struct layer *l = n->layers + i;
                 int last = i + 1 == n->count;
-                const char *weight = packed + at[i].forward + e * (packed_size(l->in, l->out) + 4 * up(l->out, 32));
+                const char *weight = mine + at[i].forward;
                 float *out = y + (e * R + r) * l->out, *c = inner, *s = stats;
                 if (l->kind == NOTHING && last) c = out;
                 if (l->kind != NOTHING && saved) {
@@ -338,6 +363,7 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
                 }
             }
         }
+    }
     _tile_release();
 }
 
@@ -345,16 +371,17 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
    and, of thread t, the sums that make the gradients of biases and norms. */
 AMX static void backward_rows(const struct network *n, const char *packed, const float *const *parameters, const char *saved,
                               const float *y, const float *gy, float *const *grads, float *gx, char *work, size from, size to, int t) {
-    struct spans at[12];
-    locate(n, at);
+    struct spans at[12], end = locate(n, at);
     size F = widest(n), R = n->rows, E = n->members;
     int lowest = 0; /* layer that has to pass no gradient on */
     while (!gx && lowest < n->count - 1 && !grads[4 * lowest] && !grads[4 * lowest + 1] && !grads[4 * lowest + 2] && !grads[4 * lowest + 3])
         lowest++;
-    float *through[2] = {(float *)scratch(CHUNK * F * 8 + 32 * F * 4), NULL}, *h = through[0] + 2 * CHUNK * F;
-    through[1] = through[0] + CHUNK * F;
+    char *own = scratch(CHUNK * F * 8 + 32 * F * 4 + end.backward), *weights = own + CHUNK * F * 8 + 32 * F * 4;
+    float *through[2] = {(float *)own, (float *)own + CHUNK * F}, *h = (float *)own + 2 * CHUNK * F;
     configure();
-    for (size e = 0; e < E; e++)
+    for (size e = 0; e < E; e++) {
+        const char *of_member = packed ? packed + e * end.backward : weights;
+        if (!packed) pack_member(n, parameters, e, 1, gx ? 0 : lowest + 1, weights);
         for (size r = from; r < to; r += CHUNK) {
             size rows = least(CHUNK, to - r);
             const float *g = gy + (e * R + r) * n->layers[n->count - 1].out;
@@ -380,10 +407,11 @@ AMX static void backward_rows(const struct network *n, const char *packed, const
                 }
                 if (i == lowest && !gx) break;
                 float *next = i ? through[i % 2] : gx + line * l->in;
-                multiply(d, pitch(N), (const bf16 *)(packed + at[i].backward + e * packed_size(N, l->in)), NULL, next, rows, l->in, N);
+                multiply(d, pitch(N), (const bf16 *)(of_member + at[i].backward), NULL, next, rows, l->in, N);
                 g = next;
             }
         }
+    }
     _tile_release();
 }
 
@@ -425,25 +453,6 @@ static void add_up(const struct network *n, float *const *grads, const char *wor
         }
 }
 
-AMX static void pack_network(const struct network *n, const float *const *parameters, int backward, char *packed) {
-    struct spans at[12];
-    locate(n, at);
-    for (int i = 0; i < n->count; i++)
-        for (size e = 0; e < n->members; e++) {
-            size K = n->layers[i].in, N = n->layers[i].out, bytes = packed_size(K, N);
-            const float *weight = parameters[4 * i] + e * K * N;
-            if (backward) { /* the factor (N, K) */
-                bf16 *to = (bf16 *)(packed + at[i].backward + e * bytes);
-                n->plain ? pack_weight(to, weight, K, N, K) : pack_turned(to, weight, N, N, K);
-            } else { /* (K, N) */
-                char *to = packed + at[i].forward + e * (bytes + 4 * up(N, 32));
-                n->plain ? pack_turned((bf16 *)to, weight, K, K, N) : pack_weight((bf16 *)to, weight, N, K, N);
-                memset(to + bytes, 0, 4 * up(N, 32));
-                memcpy(to + bytes, parameters[4 * i + 1] + e * N, 4 * N);
-            }
-        }
-}
-
 /* What Python calls. `parameters` and `grads` have weight, bias, norm's scale and its shift of each layer; NULL where
    there is none or, among `grads`, where nobody asks for it. */
 
@@ -460,14 +469,16 @@ EXPORT int products_available(void) {
 /* Bytes of packed weights for the way forward and for the way back, of what is saved between, and of backward's work. */
 EXPORT void network_sizes(const struct network *n, int64_t *bytes) {
     struct spans at[12], end = locate(n, at);
-    bytes[0] = end.forward;
-    bytes[1] = end.backward;
+    bytes[0] = n->members * end.forward;
+    bytes[1] = n->members * end.backward;
     bytes[2] = end.input;
     bytes[3] = end.gradient;
 }
 
 EXPORT void network_pack(const struct network *n, const float *const *parameters, int backward, char *packed) {
-    pack_network(n, parameters, backward, packed);
+    struct spans at[12], end = locate(n, at);
+    for (size e = 0; e < n->members; e++)
+        pack_member(n, parameters, e, backward, 0, packed + e * (backward ? end.backward : end.forward));
 }
 
 EXPORT void network_forward(const struct network *n, const char *packed, const float *const *parameters, const float *x,

@@ -172,20 +172,27 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 
-def _pack(parameters: Sequence[Tensor | None]) -> _Packed:
-    """Take the packed weights of this scope, or new ones."""
+def _pack(parameters: Sequence[Tensor | None]) -> _Packed | None:
+    """Give the packed weights of this scope; None without one: the library then packs them on the way."""
     packed: dict[tuple[int, ...], _Packed] | None = getattr(_scope, "packed", None)
     if packed is None:
-        return _Packed(parameters)
+        return None
     key = tuple(map(id, parameters))
     return packed.get(key) or packed.setdefault(key, _Packed(parameters))
 
 
-def _forward(x: Tensor, plan: _Plan, packed: _Packed, y: Tensor, saved: Tensor | None) -> None:
+def _forward(
+    x: Tensor,
+    plan: _Plan,
+    packed: _Packed | None,
+    parameters: Sequence[Tensor | None],
+    y: Tensor,
+    saved: Tensor | None,
+) -> None:
     _library.network_forward(  # type: ignore[union-attr]
         plan.network,
-        packed.pointer(plan, backward=False),
-        _pointers(packed.parameters),
+        None if packed is None else packed.pointer(plan, backward=False),
+        _pointers(parameters),
         x.data_ptr(),
         y.data_ptr(),
         None if saved is None else saved.data_ptr(),
@@ -196,9 +203,11 @@ class _Network(torch.autograd.Function):
     """Blocks one after another."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, packed: _Packed, width: int, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, plan: _Plan, packed: _Packed | None, width: int, *parameters: Tensor | None
+    ) -> Tensor:
         y, saved = x.new_empty(*x.shape[:-1], width), torch.empty(plan.saved, dtype=torch.uint8)
-        _forward(x, plan, packed, y, saved)
+        _forward(x, plan, packed, parameters, y, saved)
         ctx.save_for_backward(y, saved, *parameters)
         ctx.plan, ctx.packed, ctx.shape = plan, packed, x.shape
         return y
@@ -213,7 +222,7 @@ class _Network(torch.autograd.Function):
         work = torch.empty(plan.work, dtype=torch.uint8)
         _library.network_backward(  # type: ignore[union-attr]
             plan.network,
-            ctx.packed.pointer(plan, backward=True),
+            None if ctx.packed is None else ctx.packed.pointer(plan, backward=True),
             _pointers(parameters),
             saved.data_ptr(),
             y.data_ptr(),
@@ -242,5 +251,5 @@ def run(blocks: Sequence[Block], x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _Network.apply(x, plan, packed, width, *parameters)
     y = x.new_empty(*x.shape[:-1], width)
-    _forward(x, plan, packed, y, None)
+    _forward(x, plan, packed, parameters, y, None)
     return y
