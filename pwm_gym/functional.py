@@ -1,12 +1,14 @@
-"""Pure tensor mathematics: symlog, two-hot regression and returns. No module state, no randomness."""
+"""Tensor mathematics: symlog, two-hot regression, returns and gradient clips. No module state, no randomness."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["symexp", "symlog", "td_lambda_returns", "two_hot_cross_entropy", "two_hot_decode"]
+__all__ = ["clip_gradients", "symexp", "symlog", "td_lambda_returns", "two_hot_cross_entropy", "two_hot_decode"]
 
 _HALF = (torch.bfloat16, torch.float16)  # of logits under autocast
 
@@ -130,3 +132,18 @@ def td_lambda_returns(
             running = one_step[t] + discounts[t] * mix[t] * running
             targets[t] = running
     return targets
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a total norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
+
+    On the CPU, where asking is free, gradients that are short enough are not multiplied by 1.
+
+    Returns:
+        The norm before, ().
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if norm.device.type != "cpu" or not max_norm / (norm + 1e-6) >= 1.0:  # PyTorch's own factor; NaN goes on, too
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -54,6 +54,7 @@ class LatentActor(nn.Module):
             width = features
         self.features = Layers(*layers)
         self.mean = nn.Linear(width, action_dim)
+        self._means = (Layers(self.features, self.mean),)  # both at once; in a tuple, so that none is listed twice
         self.use_sde = use_sde
         shape, offset = ((width, action_dim), 0.5 * math.log(width)) if use_sde else ((action_dim,), 0.0)
         self.log_std = nn.Parameter(torch.full(shape, log_std_init - offset))  # (A,), or (F, A) with gSDE
@@ -80,15 +81,16 @@ class LatentActor(nn.Module):
             Actions in [-1, 1], (..., A), 0 in padding, and the entropy estimate -log π(a|z), (...). Both are
             differentiable, with respect to σ too; for the deterministic action the second is that of ε = 0.
         """
-        features = self.features(z)  # (..., F)
-        mean = self.mean(features)  # (..., A)
         if self.use_sde:
+            features = self.features(z)  # (..., F)
+            mean = self.mean(features)  # (..., A)
             std = self.get_std()  # (F, A)
             log_std = 0.5 * torch.log(features.square() @ std.square() + 1e-6)  # (..., A)
             if noise is not None:
                 deviation = (features.unsqueeze(-2) @ (std * noise)).squeeze(-2)  # (..., A)
                 noise = deviation / log_std.exp()
         else:
+            mean = self._means[0](z)  # (..., A)
             log_std = self.log_std.clamp(min=self._lowest)  # (A,)
         noise = torch.zeros_like(mean) if noise is None else noise  # (..., A)
         pre_tanh = mean + log_std.exp() * noise

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
 from pwm_gym import bf16
+from pwm_gym.functional import clip_gradients
 from pwm_gym.progress import show_progress
 from pwm_gym.replay import WindowSource
 from pwm_gym.training.planning_learner import PlanningLearner
@@ -245,7 +246,7 @@ def update_world_model(
     )
     optimizer.zero_grad(set_to_none=True)
     score.backward()
-    metrics["model_grad_norm"] = nn.utils.clip_grad_norm_(world_model.parameters(), MAX_GRAD_NORM)
+    metrics["model_grad_norm"] = clip_gradients(world_model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     if planning is not None:
         metrics |= planning.update_prior(latents, rho, task)

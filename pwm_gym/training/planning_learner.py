@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pwm_gym.functional import two_hot_cross_entropy
+from pwm_gym.functional import clip_gradients, two_hot_cross_entropy
 from pwm_gym.training.ranks import Ranks
 from pwm_gym.world_model import WorldModel
 
@@ -158,7 +158,7 @@ class PlanningLearner:
         ranks.mean_(gradients)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+        clip_gradients(self._parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._value.update_target(self.tau)
