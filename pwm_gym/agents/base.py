@@ -44,6 +44,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             self._rng, self._generator = np.random.default_rng(), torch.Generator(self.device)
         self._rng.bit_generator.state = np.random.default_rng(entropy).bit_generator.state
         self._generator.manual_seed(entropy)
+        if getattr(self, "actor", None) is not None and hasattr(self.actor, "noise"):
+            self.actor.noise = None  # type: ignore[assignment]  # drawn anew at the next step
 
     def sequence_replay(self) -> SequenceReplayBuffer:
         """Give the replay buffer.

@@ -155,6 +155,10 @@ class SafeFile(BasePolicy):
         return policy.to(get_device(device))
 
 
+# Pink exploration noise is a mean of AR(1) processes, each a quarter as quick as the one before; the first is white.
+_PINK_DECAYS = tuple(1.0 - 0.25**k for k in range(5))  # φ of x' = φ x + √(1 - φ²) ε
+
+
 class PWMActor(SafeFile):
     """The part that acts: world model (for its encoder) and latent actor, from real observations to actions.
 
@@ -170,6 +174,8 @@ class PWMActor(SafeFile):
         log_std_init: Initial log σ.
         log_std_min: Lower bound of log σ.
         use_sde: Explore with gSDE; see `LatentActor` and `reset_noise`.
+        pink_noise: Without gSDE, explore with noise of spectrum 1/f from step to step instead of white noise; at each
+            step its distribution is the policy's. (Eberhard et al., ICLR 2023, "Pink Noise Is All You Need")
         features_extractor_class: Goes in front of the world model's encoder; None to flatten observations.
         features_extractor_kwargs: Its arguments beside the observation space.
         averaged_share: Share of the updates that the average runs over, in [0, 1]; 0 for the latest weights alone.
@@ -192,6 +198,7 @@ class PWMActor(SafeFile):
         log_std_init: float,
         log_std_min: float,
         use_sde: bool = False,
+        pink_noise: bool = True,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         averaged_share: float = 0.0,
@@ -211,14 +218,18 @@ class PWMActor(SafeFile):
             "log_std_init": log_std_init,
             "log_std_min": log_std_min,
             "use_sde": use_sde,
+            "pink_noise": pink_noise,
             "features_extractor_class": features_extractor_class,
             "features_extractor_kwargs": features_extractor_kwargs,
             "averaged_share": averaged_share,
         }
+        self._pink_noise = pink_noise
         self._averaged_share = averaged_share
         self._make_average()
         self.generator: torch.Generator | None = None  # of exploration noise; None for torch's global one
-        self.register_buffer("noise", None, persistent=False)  # gSDE's ε in use, (n_envs, F, A)
+        self.register_buffer(
+            "noise", None, persistent=False
+        )  # gSDE's ε in use, (n_envs, F, A), or the last pink noise's parts, (n_envs, K, A)
 
     @property  # type: ignore[override]
     def features_extractor(self) -> BaseFeaturesExtractor | None:
@@ -247,11 +258,21 @@ class PWMActor(SafeFile):
 
     def _exploration_noise(self, count: int) -> Tensor:
         if not self.latent_actor.use_sde:
-            return self.latent_actor.sample_noise(count, self.generator)
+            return self._pink(count) if self._pink_noise else self.latent_actor.sample_noise(count, self.generator)
         if self.noise is None:
             self.reset_noise(count)
         assert self.noise is not None
         return self.noise if len(self.noise) == count else self.noise[:1]
+
+    def _pink(self, count: int) -> Tensor:
+        """Go on with the noise of `count` envs: ε_t = Σ_k x_k,t / √K of unit variance, (count, A)."""
+        parts = len(_PINK_DECAYS)
+        fresh = self.latent_actor.sample_noise(count * parts, self.generator).unflatten(0, (count, parts))  # (B, K, A)
+        if self.noise is not None and len(self.noise) == count:
+            decay = fresh.new_tensor(_PINK_DECAYS).unsqueeze(-1)  # (K, 1)
+            fresh = decay * self.noise + (1.0 - decay.square()).sqrt() * fresh
+        self.noise = fresh
+        return fresh.sum(1) / parts**0.5
 
     def _acting_modules(self) -> dict[str, nn.Module]:
         modules = {"encoder": self.world_model.encoder, "latent_actor": self.latent_actor}
@@ -342,6 +363,7 @@ class PWMPolicy(SafeFile):
         log_std_init: Initial log standard deviation of the actor.
         log_std_min: Its lower bound.
         use_sde: Explore with gSDE (see `LatentActor`); the agent's argument of that name puts it here.
+        pink_noise: Without gSDE, explore with pink noise instead of white noise (see `PWMActor`).
         features_extractor_class: An SB3 features extractor in front of the world model's encoder, trained by the
             model's loss; None to flatten observations.
         features_extractor_kwargs: Its arguments beside the observation space.
@@ -364,6 +386,7 @@ class PWMPolicy(SafeFile):
         log_std_init: float = -1.0,
         log_std_min: float = -1.427,
         use_sde: bool = False,
+        pink_noise: bool = True,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         averaged_share: float = 0.03,
@@ -382,6 +405,7 @@ class PWMPolicy(SafeFile):
             "log_std_init": log_std_init,
             "log_std_min": log_std_min,
             "use_sde": use_sde,
+            "pink_noise": pink_noise,
             "features_extractor_class": features_extractor_class,
             "features_extractor_kwargs": features_extractor_kwargs,
             "averaged_share": averaged_share,
@@ -399,6 +423,7 @@ class PWMPolicy(SafeFile):
             log_std_init,
             log_std_min,
             use_sde,
+            pink_noise,
             features_extractor_class,
             features_extractor_kwargs,
             averaged_share,
@@ -415,6 +440,7 @@ class PWMPolicy(SafeFile):
         make_optimizer: Any = optimizer_class
         self.actor_optimizer = make_optimizer(self.actor.latent_actor.parameters(), lr=lr, **optimizer_kwargs)
         self.critic_optimizer = make_optimizer(self.critic.parameters(), lr=lr, **optimizer_kwargs)
+        self.model_learning_rate = model_learning_rate
         self.model_optimizer = make_model_optimizer(self.actor.world_model, model_learning_rate)
 
     @property

@@ -25,7 +25,7 @@ from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import WindowSource
-from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, update_world_model
+from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, set_learning_rate, update_world_model
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["PWM"]
@@ -40,9 +40,11 @@ _PAPER = {
     "model_horizon": 16,
     "rho": 0.99,
     "critic_epochs": 8,
+    "annealing": None,
     "detach_input": True,
     "policy_kwargs": {
         "net_arch": {"pi": [400, 200, 100], "qf": [400, 200]},
+        "pink_noise": False,
         "averaged_share": 0.0,
         "world_model_kwargs": {"size": "48M", "reward_in_task_units": False},
         "model_learning_rate": 3e-4,
@@ -69,7 +71,7 @@ class PWM(ModelBasedAlgorithm):
     Args:
         policy: "MlpPolicy", "MultiInputPolicy" (Dict observations), or a `PWMPolicy` class.
         env: A Gymnasium env, a registered id, an SB3 `VecEnv`, a Gymnasium `VectorEnv`, or a `LatentVectorEnv`.
-        learning_rate: Of actor and critics, as a number or schedule of the remaining progress.
+        learning_rate: Of actor and critics, as a number or schedule of the remaining progress; see `annealing`.
         buffer_size: Capacity of the replay buffer, in steps over all envs.
         learning_starts: Steps with random actions before training begins.
         batch_size: Imagined rollouts B in an update. On a `LatentVectorEnv` its `num_envs` counts instead.
@@ -96,6 +98,9 @@ class PWM(ModelBasedAlgorithm):
         critic_epochs: Passes over each rollout for the critics.
         critic_minibatches: Minibatches in a pass.
         max_grad_norm: Gradient clip of the actor.
+        annealing: On a real env, the learning rates of actor, critics and world model and a fixed `ent_coef` fall as
+            1/√(1 + n/annealing) with the updates n, so that the policy settles. That needs no horizon: training in
+            parts is training at once. None to keep them.
         detach_input: Hide the latents' gradient from the policy's input, as the reference does.
         extra_bootstrap_discount: Weight the value at a rollout's end by γ^(H+1), as the released code does, not γ^H.
         policy_kwargs: Arguments of `PWMPolicy`: net_arch, n_critics, world_model_kwargs={"size": "5M"}, and so on.
@@ -155,6 +160,7 @@ class PWM(ModelBasedAlgorithm):
         critic_epochs: int = 1,
         critic_minibatches: int = 4,
         max_grad_norm: float = 1.0,
+        annealing: int | None = 2_500,
         detach_input: bool = False,
         extra_bootstrap_discount: bool = False,
         policy_kwargs: dict[str, Any] | None = None,
@@ -178,6 +184,8 @@ class PWM(ModelBasedAlgorithm):
         for name, share in {"gamma": gamma, "td_lambda": td_lambda, "tau": tau, "rho": rho}.items():
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1], got {share}.")
+        if annealing is not None and annealing < 1:
+            raise ValueError(f"`annealing` must be >= 1 update, or None, got {annealing}.")
         latent_env = _latent_env_of(env)
         self.latent_env = latent_env
         super().__init__(
@@ -212,7 +220,7 @@ class PWM(ModelBasedAlgorithm):
         self.ent_coef, self.target_entropy = ent_coef, target_entropy
         self.model_batch_size, self.model_horizon, self.rho = model_batch_size, model_horizon, rho
         self.critic_epochs, self.critic_minibatches = critic_epochs, critic_minibatches
-        self.max_grad_norm, self.detach_input = max_grad_norm, detach_input
+        self.max_grad_norm, self.annealing, self.detach_input = max_grad_norm, annealing, detach_input
         self.extra_bootstrap_discount = extra_bootstrap_discount
         if latent_env is not None:  # the agent's spaces are the real ones; only its training env is latent
             self.observation_space = latent_env.world_model.observation_space
@@ -248,7 +256,7 @@ class PWM(ModelBasedAlgorithm):
         """Let policy and optimizer work on this very model instead of on an equal one."""
         before = self.policy.model_optimizer
         self.policy.actor.adopt(world_model)
-        self.policy.model_optimizer = make_model_optimizer(world_model, before.param_groups[-1]["lr"])
+        self.policy.model_optimizer = make_model_optimizer(world_model, self.policy.model_learning_rate)
         if before.state:
             self.policy.model_optimizer.load_state_dict(before.state_dict())
 
@@ -333,8 +341,7 @@ class PWM(ModelBasedAlgorithm):
         policy, env = self.policy, self._training_env(batch_size)
         policy.set_training_mode(True)
         self.world_model.eval()  # the power iterations of spectral norm belong to the model's own updates
-        optimizers = [policy.actor_optimizer, policy.critic_optimizer]
-        self._update_learning_rate(optimizers + ([self.ent_coef_optimizer] if self.ent_coef_optimizer else []))
+        self._set_learning_rates()
         nets = ActorCritic(
             policy.actor.latent_actor,
             policy.critic.value,
@@ -376,6 +383,21 @@ class PWM(ModelBasedAlgorithm):
         self._metrics = metrics
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
+    def _annealed(self) -> float:
+        """Give the share of learning rates and entropy weight that is left: 1/√(1 + n/annealing)."""
+        if self.annealing is None or self.latent_env is not None:
+            return 1.0
+        return (1.0 + self._n_updates / self.annealing) ** -0.5
+
+    def _set_learning_rates(self) -> None:
+        policy, share = self.policy, self._annealed()
+        rate = share * self.lr_schedule(self._current_progress_remaining)
+        self.logger.record("train/learning_rate", rate)
+        for optimizer in (policy.actor_optimizer, policy.critic_optimizer, self.ent_coef_optimizer):
+            if optimizer is not None:
+                set_learning_rate(optimizer, rate)
+        set_learning_rate(policy.model_optimizer, share * policy.model_learning_rate)
+
     def update_policy(self, window: Rollout, nets: ActorCritic) -> dict[str, Tensor]:
         """Improve networks, this agent's or those of several like it, from a rollout with this agent's settings."""
         return improve_policy(
@@ -410,7 +432,7 @@ class PWM(ModelBasedAlgorithm):
 
     def _entropy_coefficient(self, entropy: Tensor) -> Tensor:
         if self.log_ent_coef is None or self.ent_coef_optimizer is None:
-            return self.ent_coef_tensor
+            return self.ent_coef_tensor * self._annealed()
         coefficient = self.log_ent_coef.detach().exp()
         loss = (self.log_ent_coef * (entropy.detach() - self.target_entropy)).mean()
         self.ent_coef_optimizer.zero_grad(set_to_none=True)

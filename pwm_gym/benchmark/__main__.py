@@ -14,6 +14,7 @@ import rich
 
 from pwm_gym.benchmark.reporting import report
 from pwm_gym.benchmark.runner import run
+from pwm_gym.benchmark.study import PRECISIONS
 from pwm_gym.cluster import RayCluster
 
 _EXAMPLES = """
@@ -50,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--config", type=pathlib.Path, metavar="TOML", help="arguments, a table for each algorithm")
     some.add_argument("--world-model", metavar="FILE", help="train in this frozen model instead of in the task")
     some.add_argument("--data", metavar="DIR", help="dataset that its imagined episodes start from")
+    some.add_argument(
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of float32 products (default: %(default)s)"
+    )
     some.add_argument("--jobs", type=int, default=1, help="processes at the same time (default: %(default)s)")
     some.add_argument("--threads", type=int, default=1, help="of each (default: %(default)s)")
     some.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -108,6 +112,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 arguments=_arguments(parsed.config, parsed.set),
                 world_model=parsed.world_model,
                 data=parsed.data,
+                precision=parsed.precision,
                 jobs=parsed.jobs,
                 threads=parsed.threads,
                 device=parsed.device,

@@ -78,7 +78,7 @@ def against_frames(results: Results, task: str) -> str:
         imagined = results.study.world_model is not None
         _runs(axes, results, task, lambda run: run.frames, "imagined steps" if imagined else "frames")
         limit = max(run.frames[-1] for cell, run in results.curves.items() if cell.task == task)
-        right = 1.02 * limit
+        right, top = 1.02 * limit, axes.get_ylim()[1]
         for name, curve in {} if imagined else published(task).items():
             style = {"color": "0.35", "linewidth": 1.1}
             near = curve.frames <= 1.05 * limit
@@ -92,11 +92,13 @@ def against_frames(results: Results, task: str) -> str:
                     label=f"{name}, published",
                     **style,
                 )
-                right = max(right, 1.02 * curve.frames[near][-1])
+                right, top = max(right, 1.02 * curve.frames[near][-1]), max(top, 1.04 * curve.values[near].max())
             else:
                 label = f"{name} at {curve.frames[0] / 1_000:g}k, published"
                 axes.axhline(curve.values[0], linestyle=_PUBLISHED[name], label=label, **style)
+                top = max(top, 1.04 * curve.values[0])
         axes.set_xlim(right=right)
+        axes.set_ylim(top=top)
         _thousands(axes)
         _legend(axes)
 

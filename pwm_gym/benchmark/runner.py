@@ -55,6 +55,7 @@ def run(
     arguments: Mapping[str, Mapping[str, Any]] | None = None,
     world_model: str | None = None,
     data: str | None = None,
+    precision: str = "highest",
     jobs: int = 1,
     threads: int = 1,
     device: str = "cpu",
@@ -81,6 +82,7 @@ def run(
         world_model: File of a frozen single-task model. All agents are trained in it instead of in the task, and
             scored in the task.
         data: Folder of the dataset that imagined episodes start from.
+        precision: Of float32 matrix products, "highest", "high" or "medium" (`torch.set_float32_matmul_precision`).
         jobs: Processes at the same time.
         threads: Threads of each.
         device: Of the agents.
@@ -114,7 +116,7 @@ def run(
         cells = tuple(dict.fromkeys(Cell(a, t, s) for s in seeds for t in tasks for a in algorithms))
         budgets = {a: frames if isinstance(frames, int) else _budget(frames, a) for a in algorithms}
         asked = {a: dict(settings) for a, settings in (arguments or {}).items()}
-        study = Study(path, cells, budgets, every, episodes, asked, world_model, data)
+        study = Study(path, cells, budgets, every, episodes, asked, world_model, data, precision)
         study = study if known is None else known.join(study)
         _check_envs(study, cells)
         study.save()

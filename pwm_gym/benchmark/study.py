@@ -16,9 +16,10 @@ from pwm_gym import __version__
 from pwm_gym.benchmark.algorithms import algorithm_of, check_arguments, env_id_of, label_of, nearest
 from pwm_gym.serialization import atomic_write
 
-__all__ = ["EVALUATION_SEED", "Cell", "Study"]
+__all__ = ["EVALUATION_SEED", "PRECISIONS", "Cell", "Study"]
 
 _FORMAT = "pwm_gym.benchmark/1"
+PRECISIONS = ("highest", "high", "medium")  # PyTorch's, of float32 matrix products
 EVALUATION_SEED = 10_000  # of the first evaluation episode; the others count on from it
 
 
@@ -60,6 +61,7 @@ class Study:
         arguments: What differs from an algorithm's defaults, by algorithm.
         world_model: File of a frozen model that agents are trained in, None where they train in the tasks.
         data: Folder of the dataset that imagined episodes start from.
+        precision: Of float32 matrix products, one of PyTorch's `set_float32_matmul_precision`.
 
     Raises:
         ValueError: If a name is unknown, or a number out of range.
@@ -78,11 +80,14 @@ class Study:
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     world_model: str | None = None
     data: str | None = None
+    precision: str = "highest"
 
     def __post_init__(self) -> None:
         for name, value in {"every": self.every, "episodes": self.episodes}.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {value}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
         if (self.world_model is None) != (self.data is None):
             raise ValueError(
                 f"expected a world model and the data that imagined episodes start from, or neither, got "
@@ -148,7 +153,7 @@ class Study:
                 f"expected runs of pwm_gym {__version__}, got {str(self.folder)!r} of {self.version}: scores of two "
                 f"versions are no comparison. Use a new folder; `report` still reads this one."
             )
-        for name in ("every", "episodes", "world_model", "data"):
+        for name in ("every", "episodes", "world_model", "data", "precision"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(
@@ -226,6 +231,8 @@ class Study:
         words += ["--every", str(self.every), "--episodes", str(self.episodes)]
         if self.world_model is not None and self.data is not None:
             words += ["--world-model", self.world_model, "--data", self.data]
+        if self.precision != PRECISIONS[0]:
+            words += ["--precision", self.precision]
         for key, value in self.arguments.get(cell.algorithm, {}).items():
             words += ["--set", f"{cell.algorithm}.{key}={json.dumps(value)}"]
         return shlex.join(words)

@@ -67,6 +67,7 @@ def train(study: Study, cell: Cell, device: str = "cpu") -> None:
     Raises:
         ValueError: If the run has evaluations but its state is gone.
     """
+    torch.set_float32_matmul_precision(study.precision)
     algorithm, env_id = algorithm_of(cell.algorithm), env_id_of(cell.task)
     state, rows = study.state_path(cell), study.rows(cell)
     state.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,8 @@ def _row(
     if successes:
         row["success_rate"] = float(np.mean(successes))
     row |= {"command": study.command(cell), "machine": _machine(device), "threads": torch.get_num_threads()}
-    return row | {"device": device, "versions": "; ".join(f"{name} {number}" for name, number in versions().items())}
+    row |= {"precision": study.precision, "device": device}
+    return row | {"versions": "; ".join(f"{name} {number}" for name, number in versions().items())}
 
 
 def _diagnosis(agent: Any, data: str | None) -> dict[str, str]:

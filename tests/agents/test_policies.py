@@ -151,6 +151,23 @@ def test_gsde_noise_is_a_function_of_the_state_between_resets():
     assert not np.array_equal(first, policy.predict(observations)[0])
 
 
+def test_exploration_is_pink_noise_of_the_policys_own_deviation():
+    actor = make_policy().actor.requires_grad_(False)
+    actor.generator = torch.Generator().manual_seed(0)
+    noise = torch.stack([actor._exploration_noise(64) for _ in range(2_048)])  # (T, B, A)
+    assert abs(float(noise.mean())) < 0.05 and float(noise.std()) == pytest.approx(1.0, abs=0.05)
+    power = torch.fft.rfft(noise, dim=0).abs().square().mean((1, 2))
+    octaves = [float(power[k : 2 * k].mean()) * k for k in (4, 16, 64, 256)]  # the same in each: 1/f
+    assert octaves == pytest.approx([octaves[0]] * 4, rel=0.25)
+
+    # A batch of another size is other envs: its noise begins anew. At each step it is the policy's own distribution.
+    alone = torch.cat([actor._exploration_noise(count) for count in (1_000, 999) * 3])
+    assert float(alone.std()) == pytest.approx(1.0, abs=0.05)
+    white = make_policy(pink_noise=False).actor
+    noise = torch.stack([white._exploration_noise(1_000) for _ in range(2)])
+    assert abs(float((noise[0] * noise[1]).mean())) < 0.1
+
+
 def test_without_gsde_there_is_no_noise_to_keep():
     policy = make_policy()
     policy.reset_noise(3)

@@ -476,7 +476,8 @@ def test_logs_have_the_keys_that_people_plot(make_agent: Any, toy: Any, tmp_path
     assert float(table["time/total_timesteps"]) == 40
     assert float(table["rollout/ep_len_mean"]) == 8
     assert -1.0 < float(table["rollout/ep_rew_mean"]) / 8 < 0.0
-    assert float(table["train/learning_rate"]) == agent.learning_rate
+    annealed = (1.0 + (float(table["train/n_updates"]) - 1.0) / 2_500) ** -0.5
+    assert float(table["train/learning_rate"]) == pytest.approx(agent.learning_rate * annealed, rel=1e-4)
 
 
 def test_frozen_training_logs_its_losses(make_agent: Any, tmp_path: Any):
@@ -536,7 +537,8 @@ def test_eval_callback_keeps_the_best_policy(make_agent: Any, toy: Any, differen
 
 
 def test_a_learning_rate_schedule_is_followed_and_its_file_asks_for_trust(make_agent: Any, toy: Any, tmp_path: Any):
-    agent = make_agent(toy(), learning_rate=lambda remaining: 1e-3 * remaining, ent_coef="auto").learn(40)
+    arguments: dict[str, Any] = {"learning_rate": lambda remaining: 1e-3 * remaining, "ent_coef": "auto"}
+    agent = make_agent(toy(), **arguments, annealing=None).learn(40)
     rate = 1e-3 * agent._current_progress_remaining
     assert agent._current_progress_remaining == 0.0
     agent.learn(20, callback=Recorder(stop=11))  # stopped in the middle: the last update was at step 10 of 20
@@ -553,6 +555,35 @@ def test_a_learning_rate_schedule_is_followed_and_its_file_asks_for_trust(make_a
     assert PWM.load(tmp_path / "agent", device="cpu", trust_pickle=True).learning_rate(0.5) == 5e-4
     for replaced in ({"custom_objects": {"learning_rate": 1e-4}}, {"learning_rate": 1e-4}):
         assert PWM.load(tmp_path / "agent", device="cpu", **replaced).lr_schedule(1.0) == 1e-4
+
+
+def _learning_rates(agent: PWM) -> dict[str, float]:
+    names = ["actor_optimizer", "critic_optimizer", "model_optimizer"]
+    return {name: getattr(agent.policy, name).param_groups[-1]["lr"] for name in names}
+
+
+def test_learning_rates_and_entropy_weight_fall_with_the_updates(make_agent: Any, toy: Any):
+    agent = make_agent(toy(), annealing=3, train_freq=1, learning_starts=8).learn(18)
+    assert agent._n_updates == 10
+    before_the_last = (1.0 + 9 / 3) ** -0.5
+    assert _learning_rates(agent) == pytest.approx(dict.fromkeys(_learning_rates(agent), 5e-4 * before_the_last))
+    assert float(agent.ent_coef_tensor) == pytest.approx(0.03)  # as it was given; what counts is annealed
+    assert float(agent._entropy_coefficient(torch.zeros(()))) == pytest.approx(0.03 * (1.0 + 10 / 3) ** -0.5)
+
+    agent.learn(10)  # on and on: another call doesn't begin anew
+    assert _learning_rates(agent)["actor_optimizer"] < 5e-4 * before_the_last
+
+
+def test_without_annealing_learning_rates_stay(make_agent: Any, toy: Any):
+    agent = make_agent(toy(), annealing=None).learn(40)
+    assert set(_learning_rates(agent).values()) == {5e-4}
+    assert float(agent._entropy_coefficient(torch.zeros(()))) == pytest.approx(0.03)
+
+
+def test_in_a_frozen_model_nothing_is_annealed(make_agent: Any):
+    agent = make_agent(latent_env(), annealing=1).learn(60)
+    assert agent._n_updates > 2
+    assert _learning_rates(agent)["actor_optimizer"] == 5e-4
 
 
 # Nothing left behind
@@ -618,6 +649,7 @@ def test_arguments_are_not_written_to(toy: Any):
         ({"td_lambda": -0.1}, r"`td_lambda` must be in \[0, 1\], got -0.1"),
         ({"tau": 2.0}, r"`tau` must be in \[0, 1\], got 2.0"),
         ({"rho": -1.0}, r"`rho` must be in \[0, 1\], got -1.0"),
+        ({"annealing": 0}, "`annealing` must be >= 1 update, or None, got 0"),
         ({"ent_coef": "auto_0"}, "initial value in ent_coef='auto_<initial>' must be > 0, got 0.0"),
     ],
     ids=str,

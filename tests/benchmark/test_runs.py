@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from rich.console import Console
 
@@ -227,6 +228,7 @@ def frozen_model(folder: pathlib.Path, observation_dim: int) -> tuple[str, str]:
         ({"arguments": {"sac": {"gamma": 0.9}}}, r"arguments of algorithms that are run, got some of 'sac'"),
         ({"algorithms": ["shac"], "tasks": [TASK]}, r"has no gradients"),
         ({"world_model": "model"}, r"expected a world model and the data"),
+        ({"precision": "low"}, r"`precision` must be one of highest, high, medium, got 'low'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(changes: dict[str, Any], message: str, tmp_path: pathlib.Path):
@@ -240,6 +242,19 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: pathlib.Path):
     model, data = frozen_model(tmp_path, observation_dim=4)
     with pytest.raises(ValueError, match=r"`env.observation_space` must be the world model's"):
         run(tmp_path / "study", ["pwm"], [TASK], [0], world_model=model, data=data)
+
+
+def test_a_run_has_the_precision_that_was_asked_for(tiny: dict[str, dict[str, Any]], tmp_path: pathlib.Path):
+    cell = Cell("ppo", TASK, 0)
+    study = Study(tmp_path / "study", (cell,), {"ppo": 200}, 200, 1, {"ppo": tiny["ppo"]}, precision="medium")
+    study.save()
+    try:
+        train(Study.open(study.folder), cell)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    (row,) = study.rows(cell)
+    assert row["precision"] == "medium" and "--precision medium" in row["command"]
 
 
 def test_a_folder_keeps_to_one_protocol_and_one_version(written: Callable[..., Study]):
