@@ -249,6 +249,7 @@ struct layer {
 struct network {
     int64_t count, members, plain; /* plain: one member, whose weights are (out, in) instead of (members, in, out) */
     int64_t shared;                /* members read one x, (rows, in), instead of (members, rows, in) */
+    int64_t learned;               /* whether any weight's gradient is asked for */
     int64_t rows, threads;
     struct layer layers[12];
 };
@@ -271,11 +272,11 @@ static struct spans locate(const struct network *n, struct spans *at) {
         at[i] = end;
         end.forward += packed_size(l->in, l->out) + 4 * up(l->out, 32); /* weight and bias */
         end.backward += packed_size(l->out, l->in);
-        size kept = (i == 0 && n->shared ? 1 : E) * rows * pitch(l->in) * 2;
+        size kept = n->learned * (i == 0 && n->shared ? 1 : E) * rows * pitch(l->in) * 2;
         at[i].inner = at[i].input + kept;
         at[i].stats = at[i].inner + up(l->kind == NOTHING ? 0 : 4 * E * n->rows * l->out, 64);
         end.input = end.inner = end.stats = at[i].stats + up(l->kind == NOTHING ? 0 : 8 * E * n->rows, 64);
-        at[i].sums = at[i].gradient + E * rows * pitch(l->out) * 2;
+        at[i].sums = at[i].gradient + n->learned * E * rows * pitch(l->out) * 2;
         end.gradient = end.sums = at[i].sums + up(n->threads * 3 * E * l->out * 4, 64);
     }
     return end;
@@ -330,14 +331,15 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
     char *own = scratch(CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8 + end.forward), *weights = own + CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8;
     bf16 *rounded[2] = {(bf16 *)own, (bf16 *)own + CHUNK * F};
     float *inner = (float *)(own + CHUNK * F * 4), *activated = inner + CHUNK * F, *stats = activated + 32 * F;
+    int keep = saved && n->learned;
     configure();
     for (size e = 0; e < n->members; e++) {
         const char *mine = packed ? packed + e * end.forward : weights;
         if (!packed) pack_member(n, parameters, e, 0, 0, weights);
         for (size r = from; r < to; r += CHUNK) {
             size rows = least(CHUNK, to - r), padded = up(R, 32);
-            bf16 *a = saved ? (bf16 *)(saved + at[0].input) + ((n->shared ? 0 : e * padded) + r) * pitch(n->layers[0].in) : rounded[0];
-            if (!(saved && n->shared && e > 0))
+            bf16 *a = keep ? (bf16 *)(saved + at[0].input) + ((n->shared ? 0 : e * padded) + r) * pitch(n->layers[0].in) : rounded[0];
+            if (!(keep && n->shared && e > 0))
                 round_rows(a, pitch(n->layers[0].in), x + ((n->shared ? 0 : e * R) + r) * n->layers[0].in, rows, n->layers[0].in);
             for (int i = 0; i < n->count; i++) {
                 const struct layer *l = n->layers + i;
@@ -352,7 +354,7 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
                 multiply(a, pitch(l->in), (const bf16 *)weight, (const float *)(weight + packed_size(l->in, l->out)), c,
                          rows, l->out, l->in);
                 if (!last)
-                    a = saved ? (bf16 *)(saved + at[i + 1].input) + (e * padded + r) * pitch(l->out) : rounded[(i + 1) % 2];
+                    a = keep ? (bf16 *)(saved + at[i + 1].input) + (e * padded + r) * pitch(l->out) : rounded[(i + 1) % 2];
                 for (size q = 0; q < rows && !(last && l->kind == NOTHING); q += 32) {
                     size some = least(32, rows - q);
                     float *result = l->kind == NOTHING ? c + q * l->out : last ? out + q * l->out : activated;
@@ -376,8 +378,9 @@ AMX static void backward_rows(const struct network *n, const char *packed, const
     int lowest = 0; /* layer that has to pass no gradient on */
     while (!gx && lowest < n->count - 1 && !grads[4 * lowest] && !grads[4 * lowest + 1] && !grads[4 * lowest + 2] && !grads[4 * lowest + 3])
         lowest++;
-    char *own = scratch(CHUNK * F * 8 + 32 * F * 4 + end.backward), *weights = own + CHUNK * F * 8 + 32 * F * 4;
+    char *own = scratch(CHUNK * F * 10 + 32 * F * 4 + end.backward), *weights = own + CHUNK * F * 10 + 32 * F * 4;
     float *through[2] = {(float *)own, (float *)own + CHUNK * F}, *h = (float *)own + 2 * CHUNK * F;
+    bf16 *rounded = (bf16 *)(h + 32 * F);
     configure();
     for (size e = 0; e < E; e++) {
         const char *of_member = packed ? packed + e * end.backward : weights;
@@ -390,7 +393,7 @@ AMX static void backward_rows(const struct network *n, const char *packed, const
                 size N = l->out, line = e * R + r;
                 float *sums = (float *)(work + at[i].sums) + (t * E * 3 + e) * N; /* (threads, 3, E, N): bias, scale, shift */
                 int normed = grads[4 * i + 2] || grads[4 * i + 3];
-                bf16 *d = (bf16 *)(work + at[i].gradient) + (e * up(R, 32) + r) * pitch(N);
+                bf16 *d = n->learned ? (bf16 *)(work + at[i].gradient) + (e * up(R, 32) + r) * pitch(N) : rounded;
                 for (size q = 0; q < rows; q += 32) {
                     size some = least(32, rows - q);
                     const float *mine = g + q * N;

@@ -43,7 +43,7 @@ class _Description(ctypes.Structure):
     """`struct network` of `_products.c`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("count", "members", "plain", "shared", "rows", "threads")),
+        *((name, ctypes.c_int64) for name in ("count", "members", "plain", "shared", "learned", "rows", "threads")),
         ("layers", _Layer * _MOST_LAYERS),
     ]
 
@@ -156,10 +156,12 @@ def _pays() -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(spec: tuple[tuple[int, float, int, torch.Size], ...], rows: int, shared: bool, threads: int) -> _Plan:
+def _plan(
+    spec: tuple[tuple[int, float, int, torch.Size], ...], shared: bool, learned: bool, rows: int, threads: int
+) -> _Plan:
     plain = len(spec[0][3]) == 2
     members = 1 if plain else spec[0][3][0]
-    network = _Description(len(spec), members, plain, shared, rows, threads)
+    network = _Description(len(spec), members, plain, shared, learned, rows, threads)
     for layer, (kind, eps, groups, shape) in zip(network.layers, spec, strict=False):
         out, in_ = shape if plain else shape[:0:-1]
         layer.kind, layer.in_, layer.out, layer.groups, layer.eps = kind, in_, out, groups, eps
@@ -242,7 +244,8 @@ def run(blocks: Sequence[Block], x: Tensor) -> Tensor:
     work = rows * sum(block.weight.numel() for block in blocks)
     threads = min(torch.get_num_threads(), -(-rows // 32)) if work >= _PARALLEL else 1
     spec = tuple((int(block.kind), block.eps, block.groups, block.weight.shape) for block in blocks)
-    plan = _plan(spec, rows, shared, threads)
+    learned = any(block.weight.requires_grad for block in blocks)
+    plan = _plan(spec, shared, learned, rows, threads)
     parameters = [None if p is None else p.contiguous() for block in blocks for p in block[1:5]]
     packed = _pack(parameters)
     x = x if shared and x[0].is_contiguous() else x.contiguous()

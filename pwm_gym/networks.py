@@ -147,10 +147,14 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(self.bias, F.layer_norm(x, (self.features,), eps=self.eps), self.weight)
 
 
+_LINEAR, _NORM, _MISH = (nn.Linear, EnsembleLinear), (nn.LayerNorm, EnsembleLayerNorm), (Mish, nn.Mish)
+
+
 def _watched(layer: nn.Module) -> bool:
     """Tell whether someone looks at this layer's own input, output or gradient."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return any(hooks)
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
 
 
 def _flatten(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
@@ -172,26 +176,28 @@ def _blocks(layers: Iterable[nn.Module]) -> list[Block] | None:
         return None
     while remaining:
         linear = remaining.pop(0)
-        if type(linear) not in (nn.Linear, EnsembleLinear) or linear.bias is None:
+        if type(linear) not in _LINEAR or linear.bias is None:
             return None
-        if not remaining or type(remaining[0]) in (nn.Linear, EnsembleLinear):
-            blocks.append(Block(Kind.NOTHING, linear.weight, linear.bias))
+        weight, bias = linear.weight, linear.bias
+        if not remaining or type(remaining[0]) in _LINEAR:
+            blocks.append(Block(Kind.NOTHING, weight, bias))
             continue
         if len(remaining) == 1:
             return None
         first, second = remaining.pop(0), remaining.pop(0)
-        norm, other = (first, second) if isinstance(first, nn.LayerNorm | EnsembleLayerNorm) else (second, first)
-        if not isinstance(norm, nn.LayerNorm | EnsembleLayerNorm) or norm.weight is None or norm.bias is None:
+        norm, other = (first, second) if isinstance(first, _NORM) else (second, first)
+        if not isinstance(norm, _NORM) or norm.weight is None or norm.bias is None:
             return None
-        if norm.weight.shape != linear.bias.shape or norm.weight.dtype is not linear.weight.dtype:
+        scale, shift = norm.weight, norm.bias
+        if scale.shape != bias.shape or scale.dtype is not weight.dtype:
             return None
-        if isinstance(other, Mish | nn.Mish):
+        if isinstance(other, _MISH):
             kind, groups = Kind.NORM_MISH if norm is first else Kind.MISH_NORM, 1
-        elif isinstance(other, SimNorm) and norm is first and norm.weight.shape[-1] % other.group_size == 0:
-            kind, groups = Kind.NORM_SIMNORM, norm.weight.shape[-1] // other.group_size
+        elif isinstance(other, SimNorm) and norm is first and scale.shape[-1] % other.group_size == 0:
+            kind, groups = Kind.NORM_SIMNORM, scale.shape[-1] // other.group_size
         else:
             return None
-        blocks.append(Block(kind, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps, groups))
+        blocks.append(Block(kind, weight, bias, scale, shift, norm.eps, groups))
     return blocks or None
 
 
