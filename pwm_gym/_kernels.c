@@ -13,7 +13,7 @@
    SimNorm: feature v G + g is member v of group g, v < F / G; a softmax over v. */
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-thread-jumps") /* which would split clamped expressions in halves, an eighth slower */
+#pragma GCC optimize("no-thread-jumps") /* which would compute both halves of a clamp: slow, and with subnormal numbers */
 #endif
 
 #include "_kernels.h"
@@ -28,10 +28,9 @@
 #define PER_PROCESSOR
 #endif
 
-/* exp(x) to 2 units in the last place for x in [-87, 88], else that of the nearer end; NaN stays NaN. */
+/* exp(x), x <= 88, to 2 units in the last place from -87 on, and below the value of -87; NaN stays NaN. */
 INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
     float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: its lowest bits now hold n = round(x / ln 2) */
     float n = shifted - 12582912.0f;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* x - n ln 2, in two parts */
