@@ -51,7 +51,8 @@ class _Description(ctypes.Structure):
 class _Plan(NamedTuple):
     """A network for so many rows, and the bytes of its buffers."""
 
-    network: Any  # a reference to its `_Description`
+    network: Any  # a pointer to its `_Description`
+    width: int  # of the output
     forward: int  # packed weights
     backward: int  # those for the way back
     saved: int  # what backward needs of forward
@@ -121,7 +122,6 @@ def usable(x: Tensor, blocks: Sequence[Block]) -> bool:
     return (
         _library is not None
         and torch.get_float32_matmul_precision() == "medium"
-        and x.shape[-2:-1].numel() * (x.numel() > 0) >= 1
         and _rows(x, blocks) >= _FEWEST_ROWS
         and len(blocks) <= _MOST_LAYERS
         and all(block.kind != Kind.NORM_SIMNORM for block in blocks[:-1])  # its backward needs its own output
@@ -155,19 +155,42 @@ def _pays() -> bool:
         return bool(error < MAX_ERROR) and seconds(run) < seconds(kernels.run)
 
 
+_Spec = tuple[tuple[int, float, int, torch.Size, torch.Size, bool], ...]
+
+
+def _specify(blocks: Sequence[Block]) -> _Spec:
+    """List what decides a plan: kind, eps, groups, shapes of weight and bias, and whether the type is known."""
+    return tuple(
+        (
+            int(block.kind),
+            block.eps,
+            block.groups,
+            block.weight.shape,
+            block.bias.shape,
+            block.weight.is_cpu and block.weight.dtype is block.bias.dtype is torch.float32,
+        )
+        for block in blocks
+    )
+
+
 @functools.lru_cache(maxsize=256)
-def _plan(
-    spec: tuple[tuple[int, float, int, torch.Size], ...], shared: bool, learned: bool, rows: int, threads: int
-) -> _Plan:
+def _plan(spec: _Spec, shape: torch.Size, shared: bool, learned: bool, rows: int, threads: int) -> _Plan | None:
+    """Describe a network for x of a shape; None where sizes don't fit: PyTorch's products then say what is wrong."""
     plain = len(spec[0][3]) == 2
-    members = 1 if plain else spec[0][3][0]
+    members, width = 1 if plain else spec[0][3][0], shape[-1]
     network = _Description(len(spec), members, plain, shared, learned, rows, threads)
-    for layer, (kind, eps, groups, shape) in zip(network.layers, spec, strict=False):
-        out, in_ = shape if plain else shape[:0:-1]
-        layer.kind, layer.in_, layer.out, layer.groups, layer.eps = kind, in_, out, groups, eps
+    for layer, (kind, eps, groups, of_weight, of_bias, known) in zip(network.layers, spec, strict=False):
+        out = of_bias[-1]
+        fits = (out, width) if plain else (members, width, out)
+        if not known or tuple(of_weight) != fits or of_bias.numel() != members * out:
+            return None
+        if not plain and (len(shape) != 3 or shape[0] != members):
+            return None
+        layer.kind, layer.in_, layer.out, layer.groups, layer.eps = kind, width, out, groups, eps
+        width = out
     sizes = (ctypes.c_int64 * 4)()
     _library.network_sizes(ctypes.byref(network), sizes)  # type: ignore[union-attr]
-    return _Plan(ctypes.pointer(network), *sizes)
+    return _Plan(ctypes.pointer(network), width, *sizes)
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:
@@ -205,10 +228,8 @@ class _Network(torch.autograd.Function):
     """Blocks one after another."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, plan: _Plan, packed: _Packed | None, width: int, *parameters: Tensor | None
-    ) -> Tensor:
-        y, saved = x.new_empty(*x.shape[:-1], width), torch.empty(plan.saved, dtype=torch.uint8)
+    def forward(ctx: Any, x: Tensor, plan: _Plan, packed: _Packed | None, *parameters: Tensor | None) -> Tensor:
+        y, saved = x.new_empty(*x.shape[:-1], plan.width), torch.empty(plan.saved, dtype=torch.uint8)
         _forward(x, plan, packed, parameters, y, saved)
         ctx.save_for_backward(y, saved, *parameters)
         ctx.plan, ctx.packed, ctx.shape = plan, packed, x.shape
@@ -219,7 +240,7 @@ class _Network(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, saved, *parameters = ctx.saved_tensors
         plan, wanted, grad = ctx.plan, ctx.needs_input_grad, grad.contiguous()
-        grads = [torch.empty_like(p) if want else None for p, want in zip(parameters, wanted[4:], strict=True)]
+        grads = [torch.empty_like(p) if want else None for p, want in zip(parameters, wanted[3:], strict=True)]
         grad_x = grad.new_empty(ctx.shape) if wanted[0] else None
         work = torch.empty(plan.work, dtype=torch.uint8)
         _library.network_backward(  # type: ignore[union-attr]
@@ -233,26 +254,24 @@ class _Network(torch.autograd.Function):
             None if grad_x is None else grad_x.data_ptr(),
             work.data_ptr(),
         )
-        return grad_x, None, None, None, *grads
+        return grad_x, None, None, *grads
 
 
 def run(blocks: Sequence[Block], x: Tensor) -> Tensor:
     """Apply blocks one after another, as `kernels.run`, with bf16 products."""
-    weight = blocks[0].weight
+    weight, rows = blocks[0].weight, _rows(x, blocks)
     shared = weight.ndim == 3 and x.stride(0) == 0
-    rows = _rows(x, blocks)
+    learned = any(block.weight.requires_grad for block in blocks)
     work = rows * sum(block.weight.numel() for block in blocks)
     threads = min(torch.get_num_threads(), -(-rows // 32)) if work >= _PARALLEL else 1
-    spec = tuple((int(block.kind), block.eps, block.groups, block.weight.shape) for block in blocks)
-    learned = any(block.weight.requires_grad for block in blocks)
-    plan = _plan(spec, shared, learned, rows, threads)
+    plan = _plan(_specify(blocks), x.shape, shared, learned, rows, threads)
+    if plan is None:
+        return kernels.run(blocks, x)
     parameters = [None if p is None else p.contiguous() for block in blocks for p in block[1:5]]
     packed = _pack(parameters)
     x = x if shared and x[0].is_contiguous() else x.contiguous()
-    last = blocks[-1].weight
-    width = last.shape[0] if last.ndim == 2 else last.shape[2]
     if torch.is_grad_enabled():
-        return _Network.apply(x, plan, packed, width, *parameters)
-    y = x.new_empty(*x.shape[:-1], width)
+        return _Network.apply(x, plan, packed, *parameters)
+    y = x.new_empty(*x.shape[:-1], plan.width)
     _forward(x, plan, packed, parameters, y, None)
     return y

@@ -152,9 +152,7 @@ _LINEAR, _NORM, _MISH = (nn.Linear, EnsembleLinear), (nn.LayerNorm, EnsembleLaye
 
 def _watched(layer: nn.Module) -> bool:
     """Tell whether someone looks at this layer's own input, output or gradient."""
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:

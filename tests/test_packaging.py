@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = {
     "functional": 0,
     "kernels": 0,
+    "bf16": 0,
     "networks": 0,
     "serialization": 0,
     "foreign": 0,
