@@ -27,7 +27,7 @@ venv: $(STAMP)  ## Create .venv and install the pinned dependencies
 # torch comes first and pinned: an open range would fetch gigabytes for a build that nobody tested.
 # labmaze, which only dm_control's mazes use, has no wheel for Python 3.13 and later; there the pins
 # are a complete list and are installed without it.
-$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt pwm_gym/_kernels.c
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard pwm_gym/_*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "pwm_gym needs Python 3.11 or later; choose one with: make $(MAKECMDGOALS) PYTHON=python3.12"; \
 		exit 1; }

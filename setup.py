@@ -18,7 +18,7 @@ setup(
         Extension(
             "pwm_gym._kernels",
             ["pwm_gym/_kernels.c", "pwm_gym/_products.c"],
-            depends=["pwm_gym/_kernels.h"],
+            depends=["pwm_gym/_kernels.h", "pwm_gym/_tiles.h"],
             extra_compile_args=[*flags, *openmp],
             extra_link_args=openmp,
             py_limited_api=True,

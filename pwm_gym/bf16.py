@@ -118,7 +118,7 @@ def fixed_weights() -> Iterator[None]:
 
 
 def usable(x: Tensor, blocks: Sequence[Block]) -> bool:
-    """Tell whether `run` should compute what `kernels.usable` says that `kernels.run` can: allowed, known and faster."""
+    """Tell whether `run` should do what `kernels.run` can: bf16 is allowed, the network known, and it pays here."""
     return (
         _library is not None
         and torch.get_float32_matmul_precision() == "medium"

@@ -142,8 +142,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Returns:
         The norm before, ().
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if norm.device.type != "cpu" or not max_norm / (norm + 1e-6) >= 1.0:  # PyTorch's own factor; NaN goes on, too
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

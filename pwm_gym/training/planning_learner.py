@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pwm_gym.functional import clip_gradients, two_hot_cross_entropy
 from pwm_gym.training.ranks import Ranks
