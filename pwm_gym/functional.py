@@ -137,13 +137,23 @@ def td_lambda_returns(
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients down to a total norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
-    On the CPU, where asking is free, gradients that are short enough are not multiplied by 1.
+    On the CPU, where asking is free, gradients that are clearly short enough are not multiplied by 1.
+
+    Args:
+        parameters: Those without a gradient are passed over.
+        max_norm: Greatest norm.
 
     Returns:
         The norm before, ().
+
+    Example:
+        >>> parameter = torch.zeros(2, requires_grad=True)
+        >>> parameter.grad = torch.tensor([3.0, 4.0])
+        >>> clip_gradients([parameter], max_norm=1.0), parameter.grad
+        (tensor(5.), tensor([0.6000, 0.8000]))
     """
     parameters = list(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm.device.type != "cpu" or not max_norm / (norm + 1e-6) >= 1.0:  # PyTorch's own factor; NaN goes on, too
+    if norm.device.type != "cpu" or not norm.item() < 0.999 * max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

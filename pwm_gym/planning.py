@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pwm_gym.bf16 import fixed_weights
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["Plan", "PlanNoise", "Planner"]
@@ -169,6 +170,7 @@ class Planner:
         )
 
     @torch.no_grad()
+    @fixed_weights()
     def plan(
         self,
         z: Tensor,

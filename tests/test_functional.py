@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_gym.functional import symexp, symlog, td_lambda_returns, two_hot_cross_entropy, two_hot_decode
+from pwm_gym.functional import clip_gradients, symexp, symlog, td_lambda_returns, two_hot_cross_entropy, two_hot_decode
 
 # One rollout of H = 3 steps: r = (1, 2, 3) and V(z_{t+1}) = (10, 20, 30), with γ = 1/2.
 REWARDS, NEXT_VALUES, GAMMA = (1.0, 2.0, 3.0), (10.0, 20.0, 30.0), 0.5
@@ -202,3 +202,17 @@ def test_flat_logits_decode_to_0_with_a_gradient() -> None:
     decoded = two_hot_decode(logits, bins)
     assert decoded.item() == pytest.approx(0.0, abs=1e-15)
     torch.testing.assert_close(torch.autograd.grad(decoded.sum(), logits)[0], bins[None] / 5)
+
+
+@pytest.mark.parametrize("size", [0.1, 0.99999, 1.0, 5.0, float("nan")])
+def test_gradients_are_clipped_as_pytorch_clips_them(size):
+    direction = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (
+        [torch.zeros(3, 4), torch.zeros(2)],
+        [torch.zeros(3, 4), torch.zeros(2)],
+    )  # the second has no gradient
+    for parameters in (ours, theirs):
+        parameters[0].grad = size * direction / direction.norm()
+    norms = clip_gradients(iter(ours), 1.0), torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    torch.testing.assert_close(*norms, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad, rtol=0, atol=0, equal_nan=True)
