@@ -27,8 +27,10 @@ from speed_loop import measure_loop
 from speed_memory import measure_memory
 from speed_report import write_report
 from speed_timing import in_fresh_process, make_row, ratio
-from speed_update import CASES, measure_accuracy, measure_update
+from speed_update import CASES, measure_accuracy, measure_defaults, measure_update
 from tables import put_row
+
+from pwm_gym import bf16
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES_OF_PLANNER = ["1M", "5M"]
@@ -57,8 +59,10 @@ def measure_predict(num_envs: int, rounds: int) -> Rows:
 
 
 def measure_kernels(rounds: int) -> dict[str, Rows]:
-    """Measure all kernels' speed and accuracy."""
+    """Measure all kernels' speed and accuracy, those with products also with bf16 factors where we have them."""
     found = [measure_kernel(name, rounds) for name in KERNELS]
+    if bf16.available():
+        found += [measure_kernel(name, rounds, bf16=True) for name in KERNELS if "linear" in name]
     return {"ratios": [row for row, _ in found], "accuracy": [row for _, errors in found for row in errors]}
 
 
@@ -81,6 +85,7 @@ def jobs(
         listed += [("ratios", 1, measure_memory, case, 1, reference) for case in CASES]
     if "update" in parts:
         listed += [("ratios", n, measure_update, case, n, rounds, reference) for n in threads for case in CASES]
+        listed.append(("ratios", 1, measure_defaults, "walker-walk", 2 * rounds))
     if "accuracy" in parts:
         listed += [("accuracy", 1, measure_accuracy, case) for case in CASES]
     return listed

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from speed_timing import clock, interleave, make_row, ratio
+from speed_update import BF16, matmul_precision
 from torch import Tensor, nn
 
 from pwm_gym.networks import EnsembleLayerNorm, EnsembleLinear, Layers, Mish, NormedLinear, SimNorm
@@ -80,8 +81,13 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
-def measure_kernel(name: str, rounds: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure_kernel(name: str, rounds: int, bf16: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Time one operation, and compare it with itself in float64.
+
+    Args:
+        name: Of `KERNELS`.
+        rounds: Turns of each.
+        bf16: Let PyTorch and us round factors of products to bf16.
 
     Returns:
         A row of ratios and rows of errors.
@@ -91,13 +97,20 @@ def measure_kernel(name: str, rounds: int) -> tuple[dict[str, Any], list[dict[st
     x = torch.randn(shape)
     weight = torch.randn_like(ours(x))
     work = {"plain": lambda: both_ways(plain, x, weight), "ours": lambda: both_ways(ours, x, weight)}
-    seconds = interleave(work, rounds, clock(1), AT_LEAST)
-    value = ratio(seconds["plain"], seconds["ours"])
-    row = make_row("kernel", name, "PyTorch's own / ours", value, 1, rounds, seconds=float(np.median(seconds["ours"])))
+    arithmetic, suffix = (BF16, f", {BF16}") if bf16 else ("fp32", "")
+    with matmul_precision("medium" if bf16 else torch.get_float32_matmul_precision()):
+        seconds = interleave(work, rounds, clock(1), AT_LEAST)
+        found = both_ways(ours, x, weight)
+    value, below = ratio(seconds["plain"], seconds["ours"]), float(np.median(seconds["ours"]))
+    row = make_row("kernel", name, f"PyTorch's own / ours{suffix}", value, 1, rounds, seconds=below)
     exact = both_ways(copy.deepcopy(ours).double(), x.double(), weight.double())
-    found = both_ways(ours, x, weight)
     errors = [error(found[0], exact[0]), max(error(*pair) for pair in zip(found[1], exact[1], strict=True))]
     return row, [
-        {"what": f"{what} of {name}", "arithmetic": "fp32", "relative_error": f"{value:.1e}", "one_minus_cosine": ""}
+        {
+            "what": f"{what} of {name}",
+            "arithmetic": arithmetic,
+            "relative_error": f"{value:.1e}",
+            "one_minus_cosine": "",
+        }
         for what, value in zip(("value", "gradient"), errors, strict=True)
     ]
