@@ -206,6 +206,20 @@ def _pack(parameters: Sequence[Tensor | None]) -> _Packed | None:
     return packed.get(key) or packed.setdefault(key, _Packed(parameters))
 
 
+def _take(size: int) -> Tensor:
+    """Give a buffer of so many bytes, if possible a spare one: new pages cost as much as what is written on them."""
+    spares: list[Tensor] = getattr(_scope, "spares", [])
+    for i, spare in enumerate(spares):
+        if size <= spare.numel() <= 2 * size:
+            return spares.pop(i)
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _give_back(*buffers: Tensor) -> None:
+    """Keep the last two buffers, which nobody needs any more, for `_take` in this thread."""
+    _scope.spares = [*getattr(_scope, "spares", []), *buffers][-2:]
+
+
 def _forward(
     x: Tensor,
     plan: _Plan,
@@ -229,7 +243,7 @@ class _Network(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, packed: _Packed | None, *parameters: Tensor | None) -> Tensor:
-        y, saved = x.new_empty(*x.shape[:-1], plan.width), torch.empty(plan.saved, dtype=torch.uint8)
+        y, saved = x.new_empty(*x.shape[:-1], plan.width), _take(plan.saved)
         _forward(x, plan, packed, parameters, y, saved)
         ctx.save_for_backward(y, saved, *parameters)
         ctx.plan, ctx.packed, ctx.shape = plan, packed, x.shape
@@ -242,7 +256,7 @@ class _Network(torch.autograd.Function):
         plan, wanted, grad = ctx.plan, ctx.needs_input_grad, grad.contiguous()
         grads = [torch.empty_like(p) if want else None for p, want in zip(parameters, wanted[3:], strict=True)]
         grad_x = grad.new_empty(ctx.shape) if wanted[0] else None
-        work = torch.empty(plan.work, dtype=torch.uint8)
+        work = _take(plan.work)
         _library.network_backward(  # type: ignore[union-attr]
             plan.network,
             None if ctx.packed is None else ctx.packed.pointer(plan, backward=True),
@@ -254,6 +268,7 @@ class _Network(torch.autograd.Function):
             None if grad_x is None else grad_x.data_ptr(),
             work.data_ptr(),
         )
+        _give_back(work, *[] if torch._C._autograd._get_current_graph_task_keep_graph() else [saved])
         return grad_x, None, None, *grads
 
 
