@@ -78,7 +78,8 @@ INLINE size widest(const struct network *n) {
 }
 
 /* Pack weights of a member for one of the two ways; for the way back those above layer `lowest`. */
-AMX static void pack_member(const struct network *n, const float *const *parameters, size e, int backward, int lowest, char *packed) {
+AMX static void pack_member(const struct network *n, const float *const *parameters, size e, int backward, int lowest,
+                            char *packed) {
     struct spans at[12];
     locate(n, at);
     for (int i = lowest; i < n->count; i++) {
@@ -98,11 +99,12 @@ AMX static void pack_member(const struct network *n, const float *const *paramet
 
 /* y = network(x) on the rows [from, to) of each member. Without `packed`, weights are packed into scratch; without
    `saved`, what lies between layers stays there. */
-AMX static void forward_rows(const struct network *n, const char *packed, const float *const *parameters, const float *x,
-                             float *y, char *saved, size from, size to) {
+AMX static void forward_rows(const struct network *n, const char *packed, const float *const *parameters,
+                             const float *x, float *y, char *saved, size from, size to) {
     struct spans at[12], end = locate(n, at);
     size F = widest(n), R = n->rows;
-    char *own = scratch(CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8 + end.forward), *weights = own + CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8;
+    size space = CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8;
+    char *own = scratch(space + end.forward), *weights = own + space;
     bf16 *rounded[2] = {(bf16 *)own, (bf16 *)own + CHUNK * F};
     float *inner = (float *)(own + CHUNK * F * 4), *activated = inner + CHUNK * F, *stats = activated + 32 * F;
     int keep = saved && n->learned;
@@ -112,30 +114,33 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
         if (!packed) pack_member(n, parameters, e, 0, 0, weights);
         for (size r = from; r < to; r += CHUNK) {
             size rows = least(CHUNK, to - r), padded = up(R, 32);
-            bf16 *a = keep ? (bf16 *)(saved + at[0].input) + ((n->shared ? 0 : e * padded) + r) * pitch(n->layers[0].in) : rounded[0];
-            if (!(keep && n->shared && e > 0))
-                round_rows(a, pitch(n->layers[0].in), x + ((n->shared ? 0 : e * R) + r) * n->layers[0].in, rows, n->layers[0].in);
+            size K = n->layers[0].in, reads = n->shared ? 0 : e; /* x of which member */
+            bf16 *a = keep ? (bf16 *)(saved + at[0].input) + (reads * padded + r) * pitch(K) : rounded[0];
+            if (!(keep && reads < e)) round_rows(a, pitch(K), x + (reads * R + r) * K, rows, K);
             for (int i = 0; i < n->count; i++) {
                 const struct layer *l = n->layers + i;
                 int last = i + 1 == n->count;
-                const char *weight = mine + at[i].forward;
-                float *out = y + (e * R + r) * l->out, *c = inner, *s = stats;
+                size N = l->out, line = e * R + r;
+                const bf16 *weight = (const bf16 *)(mine + at[i].forward);
+                const float *bias = (const float *)((const char *)weight + packed_size(l->in, N));
+                const float *scale = parameters[4 * i + 2], *shift = parameters[4 * i + 3];
+                float *out = y + line * N, *c = inner, *s = stats;
                 if (l->kind == NOTHING && last) c = out;
                 if (l->kind != NOTHING && saved) {
-                    c = (float *)(saved + at[i].inner) + (e * R + r) * l->out;
-                    s = (float *)(saved + at[i].stats) + (e * R + r) * 2;
+                    c = (float *)(saved + at[i].inner) + line * N;
+                    s = (float *)(saved + at[i].stats) + line * 2;
                 }
-                multiply(a, pitch(l->in), (const bf16 *)weight, (const float *)(weight + packed_size(l->in, l->out)), c,
-                         rows, l->out, l->in);
-                if (!last)
-                    a = keep ? (bf16 *)(saved + at[i + 1].input) + (e * padded + r) * pitch(l->out) : rounded[(i + 1) % 2];
-                for (size q = 0; q < rows && !(last && l->kind == NOTHING); q += 32) {
+                multiply(a, pitch(l->in), weight, bias, c, rows, N, l->in);
+                if (l->kind == NOTHING && last) break;
+                if (!last) a = rounded[(i + 1) % 2];
+                if (!last && keep) a = (bf16 *)(saved + at[i + 1].input) + (e * padded + r) * pitch(N);
+                for (size q = 0; q < rows; q += 32) {
                     size some = least(32, rows - q);
-                    float *result = l->kind == NOTHING ? c + q * l->out : last ? out + q * l->out : activated;
+                    float *result = l->kind == NOTHING ? c + q * N : last ? out + q * N : activated;
                     if (l->kind != NOTHING)
-                        fused_forward(l->kind, c + q * l->out, parameters[4 * i + 2] + e * l->out,
-                                      parameters[4 * i + 3] + e * l->out, result, s + 2 * q, some, l->out, some, l->groups, l->eps, 1);
-                    if (!last) round_rows(a + q * pitch(l->out), pitch(l->out), result, some, l->out);
+                        fused_forward(l->kind, c + q * N, scale + e * N, shift + e * N, result, s + 2 * q, some, N,
+                                      some, l->groups, l->eps, 1);
+                    if (!last) round_rows(a + q * pitch(N), pitch(N), result, some, N);
                 }
             }
         }
@@ -145,19 +150,21 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
 
 /* On the rows [from, to): from gy = ∂L/∂y to ∂L/∂x, unless gx is NULL, to the gradients of what leaves the linear maps
    and, of thread t, the sums that make the gradients of biases and norms. */
-AMX static void backward_rows(const struct network *n, const char *packed, const float *const *parameters, const char *saved,
-                              const float *y, const float *gy, float *const *grads, float *gx, char *work, size from, size to, int t) {
+AMX static void backward_rows(const struct network *n, const char *packed, const float *const *parameters,
+                              const char *saved, const float *y, const float *gy, float *const *grads, float *gx,
+                              char *work, size from, size to, int t) {
     struct spans at[12], end = locate(n, at);
     size F = widest(n), R = n->rows, E = n->members;
-    int lowest = 0; /* layer that has to pass no gradient on */
-    while (!gx && lowest < n->count - 1 && !grads[4 * lowest] && !grads[4 * lowest + 1] && !grads[4 * lowest + 2] && !grads[4 * lowest + 3])
-        lowest++;
-    char *own = scratch(CHUNK * F * 10 + 32 * F * 4 + end.backward), *weights = own + CHUNK * F * 10 + 32 * F * 4;
+    int wanted = 0;
+    while (!gx && wanted < 4 * n->count - 1 && !grads[wanted]) wanted++;
+    int lowest = wanted / 4; /* the layer that has to pass no gradient on */
+    size space = CHUNK * F * 10 + 32 * F * 4;
+    char *own = scratch(space + end.backward), *weights = own + space;
     float *through[2] = {(float *)own, (float *)own + CHUNK * F}, *h = (float *)own + 2 * CHUNK * F;
     bf16 *rounded = (bf16 *)(h + 32 * F);
     configure();
     for (size e = 0; e < E; e++) {
-        const char *of_member = packed ? packed + e * end.backward : weights;
+        const char *mine = packed ? packed + e * end.backward : weights;
         if (!packed) pack_member(n, parameters, e, 1, gx ? 0 : lowest + 1, weights);
         for (size r = from; r < to; r += CHUNK) {
             size rows = least(CHUNK, to - r);
@@ -165,26 +172,28 @@ AMX static void backward_rows(const struct network *n, const char *packed, const
             for (int i = n->count - 1; i >= lowest; i--) {
                 const struct layer *l = n->layers + i;
                 size N = l->out, line = e * R + r;
-                float *sums = (float *)(work + at[i].sums) + (t * E * 3 + e) * N; /* (threads, 3, E, N): bias, scale, shift */
-                int normed = grads[4 * i + 2] || grads[4 * i + 3];
+                const float *scale = parameters[4 * i + 2], *shift = parameters[4 * i + 3];
+                const float *inner = (const float *)(saved + at[i].inner) + line * N;
+                const float *stats = (const float *)(saved + at[i].stats) + line * 2;
+                float *sums = (float *)(work + at[i].sums) + (t * E * 3 + e) * N; /* (threads, 3, E, N): for bias, */
+                int normed = grads[4 * i + 2] || grads[4 * i + 3];                /* scale and shift */
+                float *of_scale = normed ? sums + E * N : NULL, *of_shift = normed ? sums + 2 * E * N : NULL;
                 bf16 *d = n->learned ? (bf16 *)(work + at[i].gradient) + (e * up(R, 32) + r) * pitch(N) : rounded;
                 for (size q = 0; q < rows; q += 32) {
                     size some = least(32, rows - q);
-                    const float *mine = g + q * N;
+                    const float *of_inner = g + q * N;
                     if (l->kind != NOTHING) {
-                        fused_backward(l->kind, (const float *)(saved + at[i].inner) + (line + q) * N,
-                                       parameters[4 * i + 2] + e * N, parameters[4 * i + 3] + e * N, y + (line + q) * N,
-                                       (const float *)(saved + at[i].stats) + (line + q) * 2, mine, h,
-                                       normed ? sums + E * N : NULL, normed ? sums + 2 * E * N : NULL, some, N, some, l->groups, 1);
-                        mine = h;
+                        fused_backward(l->kind, inner + q * N, scale + e * N, shift + e * N, y + (line + q) * N,
+                                       stats + 2 * q, of_inner, h, of_scale, of_shift, some, N, some, l->groups, 1);
+                        of_inner = h;
                     }
                     for (size m = 0; grads[4 * i + 1] && m < some; m++)
-                        for (size j = 0; j < N; j++) sums[j] += mine[m * N + j];
-                    round_rows(d + q * pitch(N), pitch(N), mine, some, N);
+                        for (size j = 0; j < N; j++) sums[j] += of_inner[m * N + j];
+                    round_rows(d + q * pitch(N), pitch(N), of_inner, some, N);
                 }
                 if (i == lowest && !gx) break;
                 float *next = i ? through[i % 2] : gx + line * l->in;
-                multiply(d, pitch(N), (const bf16 *)(of_member + at[i].backward), NULL, next, rows, l->in, N);
+                multiply(d, pitch(N), (const bf16 *)(mine + at[i].backward), NULL, next, rows, l->in, N);
                 g = next;
             }
         }
@@ -193,7 +202,8 @@ AMX static void backward_rows(const struct network *n, const char *packed, const
 }
 
 /* Gradients of the weights, of which thread t does its share of lines. */
-AMX static void backward_weights(const struct network *n, const char *saved, float *const *grads, const char *work, int t) {
+AMX static void backward_weights(const struct network *n, const char *saved, float *const *grads, const char *work,
+                                 int t) {
     struct spans at[12];
     locate(n, at);
     bf16 *own = (bf16 *)scratch(DEPTH * (widest(n) + 32) * 2);
@@ -243,7 +253,7 @@ EXPORT int products_available(void) {
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18L /* XTILEDATA */) == 0;
 }
 
-/* Bytes of packed weights for the way forward and for the way back, of what is saved between, and of backward's work. */
+/* Bytes of packed weights for the way forward and for the way back, of what is saved between, of backward's work. */
 EXPORT void network_sizes(const struct network *n, int64_t *bytes) {
     struct spans at[12], end = locate(n, at);
     bytes[0] = n->members * end.forward;
@@ -263,11 +273,13 @@ EXPORT void network_forward(const struct network *n, const char *packed, const f
     size blocks = (n->rows + 31) / 32, T = n->threads;
 #pragma omp parallel for num_threads(T) if (T > 1) schedule(static)
     for (int t = 0; t < T; t++)
-        forward_rows(n, packed, parameters, x, y, saved, 32 * (blocks * t / T), least(n->rows, 32 * (blocks * (t + 1) / T)));
+        forward_rows(n, packed, parameters, x, y, saved, 32 * (blocks * t / T),
+                     least(n->rows, 32 * (blocks * (t + 1) / T)));
 }
 
-EXPORT void network_backward(const struct network *n, const char *packed, const float *const *parameters, const char *saved,
-                             const float *y, const float *gy, float *const *grads, float *gx, char *work) {
+EXPORT void network_backward(const struct network *n, const char *packed, const float *const *parameters,
+                             const char *saved, const float *y, const float *gy, float *const *grads, float *gx,
+                             char *work) {
     struct spans at[12];
     locate(n, at);
     size blocks = (n->rows + 31) / 32, T = n->threads;

@@ -1,10 +1,10 @@
 /* Products of bf16 matrices on AMX, summed in fp32, and what brings their factors into tiles.
 
-   A tile is 16 lines of 64 bytes, one of the processor's eight. With A, 16 x 32, and B, 32 x 16, of bf16, and C, 16 x 16,
-   of fp32, one instruction adds A B to C. Line i of A is row i. Line p of B has the pair (B[2p][n], B[2p + 1][n]) for
-   n = 0 .. 15. So with two bf16 as one word, 16 x 16 words in all,
+   A tile is 16 lines of 64 bytes, one of the processor's eight. With A, 16 x 32, and B, 32 x 16, of bf16, and C,
+   16 x 16, of fp32, one instruction adds A B to C. Line i of A is row i. Line p of B has the pairs (B[2p][n],
+   B[2p + 1][n]), n = 0 .. 15. So with two bf16 as one word, 16 x 16 words in all,
 
-       A of a matrix: its rows as they are ("rows")        B of a matrix: two rows interleaved ("pairs")
+       A of a matrix: its rows as they are ("rows")         B of a matrix: two rows interleaved ("pairs")
        B of its transpose: "rows", words transposed         A of its transpose: "pairs", words transposed
 
    A right factor, (K, N), is packed in panels of 32 columns: of each panel, for each 32 of its K, two tiles of B, one
@@ -43,8 +43,10 @@ INLINE AMX void transpose(__m512i w[16]) {
             w[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + 2 + k]);
         }
     for (int i = 0; i < 4; i++) { /* now 4 x 4 blocks of words are transposed; put the blocks in their places */
-        __m512i a = _mm512_shuffle_i32x4(w[i], w[4 + i], 0x88), b = _mm512_shuffle_i32x4(w[i], w[4 + i], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(w[8 + i], w[12 + i], 0x88), d = _mm512_shuffle_i32x4(w[8 + i], w[12 + i], 0xdd);
+        __m512i a = _mm512_shuffle_i32x4(w[i], w[4 + i], 0x88);
+        __m512i b = _mm512_shuffle_i32x4(w[i], w[4 + i], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(w[8 + i], w[12 + i], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(w[8 + i], w[12 + i], 0xdd);
         t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
         t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
         t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
@@ -75,9 +77,9 @@ INLINE AMX void load_rows(__m512i w[16], const void *from, int is_float, size ld
 /* The "pairs" of a tile from (2 x 16 rows, columns). */
 INLINE AMX void load_pairs(__m512i w[16], const void *from, int is_float, size ld, size rows, size columns) {
     uint32_t mask = first(columns) & 0xffff;
-    __m512i interleave = _mm512_add_epi16(_mm512_set1_epi32(0x00100000), /* word j: elements j and 16 + j */
-                                          _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                                             _mm512_set1_epi32(0x00010001)));
+    __m512i ordinal = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i interleave = /* word j: elements j and 16 + j */
+        _mm512_add_epi16(_mm512_set1_epi32(0x00100000), _mm512_mullo_epi32(ordinal, _mm512_set1_epi32(0x00010001)));
     for (size i = 0; i < 16; i++) {
         __mmask16 low = 2 * i < rows ? mask : 0, high = 2 * i + 1 < rows ? mask : 0;
         __m512i both;
@@ -114,9 +116,15 @@ INLINE AMX void pack_any(bf16 *to, const void *from, int is_float, int turned, s
             }
 }
 
-AMX static void pack_weight(bf16 *to, const float *from, size ld, size K, size N) { pack_any(to, from, 1, 0, ld, K, N); }
-AMX static void pack_turned(bf16 *to, const float *from, size ld, size K, size N) { pack_any(to, from, 1, 1, ld, K, N); }
-AMX static void pack_rows(bf16 *to, const bf16 *from, size ld, size K, size N) { pack_any(to, from, 0, 0, ld, K, N); }
+AMX static void pack_weight(bf16 *to, const float *from, size ld, size K, size N) {
+    pack_any(to, from, 1, 0, ld, K, N);
+}
+AMX static void pack_turned(bf16 *to, const float *from, size ld, size K, size N) {
+    pack_any(to, from, 1, 1, ld, K, N);
+}
+AMX static void pack_rows(bf16 *to, const bf16 *from, size ld, size K, size N) {
+    pack_any(to, from, 0, 0, ld, K, N);
+}
 
 /* Pack 32 columns (or as many as there are) of the left factor's transpose, (K, L): two tiles of A for each 32 of K. */
 AMX static void pack_left(bf16 *to, const bf16 *from, size ld, size K, size L) {
@@ -133,7 +141,8 @@ AMX static void round_rows(bf16 *to, size ld, const float *from, size rows, size
     for (size r = 0; r < rows; r++, to += ld, from += F)
         for (size i = 0; i < F; i += 32) {
             uint32_t mask = first(F - i);
-            __m512 low = _mm512_maskz_loadu_ps(mask & 0xffff, from + i), high = _mm512_maskz_loadu_ps(mask >> 16, from + i + 16);
+            __m512 low = _mm512_maskz_loadu_ps(mask & 0xffff, from + i);
+            __m512 high = _mm512_maskz_loadu_ps(mask >> 16, from + i + 16);
             _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
 }
@@ -155,8 +164,8 @@ struct left { /* where a block's tiles of A are, in bf16 */
 };
 
 /* C, (32, 32) of which (rows, columns) count, = bias or C or 0, plus A B over `depth` steps of 32. */
-AMX static void block(const bf16 *a, struct left l, const bf16 *b, size depth, const float *bias, int add, float *c, size ldc,
-                      size rows, size columns) {
+AMX static void block(const bf16 *a, struct left l, const bf16 *b, size depth, const float *bias, int add, float *c,
+                      size ldc, size rows, size columns) {
     int whole = rows >= 32 && columns >= 32;
     for (size i = 0; i < least(rows, 32); i++) { /* what is stored in the end */
         _mm_prefetch((const char *)(c + i * ldc), _MM_HINT_T0);
@@ -209,7 +218,8 @@ AMX static void block(const bf16 *a, struct left l, const bf16 *b, size depth, c
 }
 
 /* C, (rows, N), = bias + A B, for A, (rows, K), in rows of `lda`, of which there are a multiple of 32 in memory. */
-AMX static void multiply(const bf16 *a, size lda, const bf16 *packed, const float *bias, float *c, size rows, size N, size K) {
+AMX static void multiply(const bf16 *a, size lda, const bf16 *packed, const float *bias, float *c, size rows, size N,
+                         size K) {
     struct left l = {lda, 16 * lda, 32};
     size depth = (K + 31) / 32;
     for (size n = 0; n < N; n += 32, packed += 2 * TILE * depth)
@@ -219,8 +229,8 @@ AMX static void multiply(const bf16 *a, size lda, const bf16 *packed, const floa
 
 /* C, (L, R), = left' right, sums over rows of left, (rows, L), and right, (rows, R): a weight's gradient. This call does
    lines [from, to) of C; `own` has room for DEPTH rows of 32 + R, padded. */
-AMX static void multiply_transposed(const bf16 *left, size ldl, const bf16 *right, size ldr, float *c, size rows, size L,
-                                    size R, size from, size to, bf16 *own) {
+AMX static void multiply_transposed(const bf16 *left, size ldl, const bf16 *right, size ldr, float *c, size rows,
+                                    size L, size R, size from, size to, bf16 *own) {
     struct left l = {32, TILE, 2 * TILE};
     bf16 *packed = own + 32 * DEPTH;
     for (size r = 0; r < rows; r += DEPTH) {
