@@ -54,7 +54,7 @@ class LatentActor(nn.Module):
             width = features
         self.features = Layers(*layers)
         self.mean = nn.Linear(width, action_dim)
-        self._means = (Layers(self.features, self.mean),)  # both at once; in a tuple, so that none is listed twice
+        self._means: tuple[nn.Module, ...] = ()  # features, mean and both in one; a tuple hides them from `modules`
         self.use_sde = use_sde
         shape, offset = ((width, action_dim), 0.5 * math.log(width)) if use_sde else ((action_dim,), 0.0)
         self.log_std = nn.Parameter(torch.full(shape, log_std_init - offset))  # (A,), or (F, A) with gSDE
@@ -68,6 +68,13 @@ class LatentActor(nn.Module):
         """Draw ε ~ N(0, 1) for `count` latents: (count, A), or with gSDE (count, F, A), to be kept for a rollout."""
         shape = (count, *self.log_std.shape)
         return torch.randn(shape, generator=generator, device=self.log_std.device, dtype=self.log_std.dtype)
+
+    def _mean(self, z: Tensor) -> Tensor:
+        """Compute μ(z), (..., A), in one go with the features."""
+        features, mean = self.features, self.mean
+        if self._means[:2] != (features, mean):  # the first time, or someone replaced one
+            self._means = (features, mean, Layers(features, mean))
+        return self._means[2](z)
 
     def forward(self, z: Tensor, noise: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Act on latents.
@@ -90,7 +97,7 @@ class LatentActor(nn.Module):
                 deviation = (features.unsqueeze(-2) @ (std * noise)).squeeze(-2)  # (..., A)
                 noise = deviation / log_std.exp()
         else:
-            mean = self._means[0](z)  # (..., A)
+            mean = self._mean(z)  # (..., A)
             log_std = self.log_std.clamp(min=self._lowest)  # (A,)
         noise = torch.zeros_like(mean) if noise is None else noise  # (..., A)
         pre_tanh = mean + log_std.exp() * noise
