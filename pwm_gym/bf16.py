@@ -77,8 +77,8 @@ class _Packed:
 
 def _load() -> ctypes.CDLL | None:
     library = kernels.library()
-    if library is None or not library.products_available():
-        return None
+    if library is None or not hasattr(library, "products_available") or not library.products_available():
+        return None  # an older build has none
     pointer = ctypes.c_void_p
     library.network_sizes.argtypes = [pointer, pointer]
     library.network_pack.argtypes = [pointer, pointer, ctypes.c_int, pointer]
