@@ -16,7 +16,7 @@ __all__ = ["along_horizon", "against_frames", "against_time", "improvement", "iq
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
-_PUBLISHED = {"TD-MPC2": "--", "SAC": "-.", "DreamerV3": ":"}
+_PUBLISHED = {"TD-MPC2": ("--", "s"), "SAC": ("-.", "x"), "DreamerV3": (":", "^")}  # line and marker
 _WIDTH, _HEIGHT = 4.4, 3.7  # inches, at which letters can be read on a phone
 
 
@@ -80,14 +80,14 @@ def against_frames(results: Results, task: str) -> str:
         limit = max(run.frames[-1] for cell, run in results.curves.items() if cell.task == task)
         right, top = 1.02 * limit, axes.get_ylim()[1]
         for name, curve in {} if imagined else published(task).items():
-            style = {"color": "0.35", "linewidth": 1.1}
+            line, marker = _PUBLISHED[name]
+            style: dict[str, Any] = {"color": "0.35", "linewidth": 1.1, "linestyle": line}
             near = curve.frames <= 1.05 * limit
             if near.any():
                 axes.plot(
                     curve.frames[near],
                     curve.values[near],
-                    _PUBLISHED[name],
-                    marker="x",
+                    marker=marker,
                     markersize=5,
                     label=f"{name}, published",
                     **style,
@@ -95,7 +95,7 @@ def against_frames(results: Results, task: str) -> str:
                 right, top = max(right, 1.02 * curve.frames[near][-1]), max(top, 1.04 * curve.values[near].max())
             else:
                 label = f"{name} at {curve.frames[0] / 1_000:g}k, published"
-                axes.axhline(curve.values[0], linestyle=_PUBLISHED[name], label=label, **style)
+                axes.axhline(curve.values[0], label=label, **style)
                 top = max(top, 1.04 * curve.values[0])
         axes.set_xlim(right=right)
         axes.set_ylim(top=top)

@@ -15,7 +15,7 @@ from pwm_gym.benchmark import plots
 from pwm_gym.benchmark.algorithms import label_of
 from pwm_gym.benchmark.intervals import Interval, Statistics, statistics
 from pwm_gym.benchmark.results import Results, known_scale, measure_of, published
-from pwm_gym.benchmark.study import Cell, Study, write_csv
+from pwm_gym.benchmark.study import PRECISIONS, Cell, Study, write_csv
 from pwm_gym.serialization import atomic_write
 
 __all__ = ["report"]
@@ -185,7 +185,8 @@ def _aggregate_words(results: Results, found: Statistics | None) -> str:
 
 def _settings(results: Results) -> list[str]:
     study = results.study
-    return [
+    arithmetic = [] if study.precision == PRECISIONS[0] else [f"float32 products of {study.precision} precision"]
+    return arithmetic + [
         f"{label_of(name)}: {study.arguments[name] if study.arguments.get(name) else 'defaults'}, "
         f"{study.frames[name]:,} frames"
         for name in results.algorithms
