@@ -14,17 +14,11 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from pwm_gym import PWM, bf16, kernels
 from pwm_gym.kernels import Block, Kind
-from pwm_gym.networks import EnsembleLinear, EnsembleMLP, Layers, Mish, NormedEnsemble, SimNorm, mlp
+from pwm_gym.networks import EnsembleLinear, Layers, Mish, SimNorm, mlp
 from pwm_gym.training import fast_matmul
+from tests.test_kernels import NETWORKS, gradients, randomised
 
 amx = pytest.mark.skipif(not bf16.available(), reason="this processor, system or build has no AMX products")
-
-NETWORKS = {
-    "model": lambda: mlp(7, [32, 24], 16, Mish, SimNorm(4)),
-    "actor": lambda: Layers(nn.Linear(7, 32), Mish(), nn.LayerNorm(32), nn.Linear(32, 3)),
-    "critic": lambda: EnsembleMLP(3, 7, [32, 24], Mish),
-    "values": lambda: NormedEnsemble(3, 7, [32, 24], 5, nn.Mish).eval(),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -44,21 +38,6 @@ def runs(monkeypatch):
     run = bf16.run
     monkeypatch.setattr(bf16, "run", lambda *args: calls.append(args) or run(*args))
     return calls
-
-
-def _randomised(make, seed=0):
-    torch.manual_seed(seed)
-    network = make()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return network
-
-
-def _gradients(network, x, direction):
-    x = x.clone().requires_grad_()
-    (network(x) * direction).sum().backward()
-    return [x.grad, *(p.grad for p in network.parameters())]
 
 
 def _norm_error(ours, exact):
@@ -83,10 +62,10 @@ def test_products_of_integers_are_exact(widths, rows, runs):
     x, direction = _integers(rows, widths[0], seed=2), _integers(rows, widths[1], seed=3)
     network = Layers(linear)
     assert torch.equal(network(x), (x.double() @ linear.weight.double().t() + linear.bias.double()).float())
-    ours = _gradients(network, x, direction)
+    ours = gradients(network, x, direction)
     linear.zero_grad()
     assert len(runs) == 2
-    theirs = _gradients(nn.Sequential(linear).double(), x.double(), direction.double())
+    theirs = gradients(nn.Sequential(linear).double(), x.double(), direction.double())
     assert all(torch.equal(a.double(), b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -114,14 +93,14 @@ def test_products_of_integers_are_exact_for_each_member(shared, rows, runs):
 @pytest.mark.parametrize("rows", [16, 37, 300, 1100])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_values_and_all_gradients_are_those_of_float64_to_the_rounding_of_factors(make, rows, runs):
-    network, exact = _randomised(make), _randomised(make).double()
+    network, exact = randomised(make), randomised(make).double()
     x = torch.randn(rows, 7)
     y = network(x)
     assert runs
     assert _norm_error(y, exact(x.double())) < bf16.MAX_ERROR
     direction = torch.randn_like(y)
-    ours = _gradients(network, x, direction)
-    theirs = _gradients(exact, x.double(), direction.double())
+    ours = gradients(network, x, direction)
+    theirs = gradients(exact, x.double(), direction.double())
     for a, b in zip(ours, theirs, strict=True):
         assert _norm_error(a, b) < 2 * bf16.MAX_ERROR  # of whole updates it is half of that: small networks cancel less
     with torch.no_grad():
@@ -133,13 +112,13 @@ def test_two_threads_give_what_one_gives(monkeypatch):
     monkeypatch.setattr(bf16, "_PARALLEL", 0)
     threads = torch.get_num_threads()
     for make in NETWORKS.values():
-        network, x = _randomised(make), torch.randn(330, 7)
+        network, x = randomised(make), torch.randn(330, 7)
         found = []
         try:
             for count in (1, 2):
                 torch.set_num_threads(count)
                 network.zero_grad()
-                found.append(_gradients(network, x, 1.0))
+                found.append(gradients(network, x, 1.0))
         finally:
             torch.set_num_threads(threads)
         for a, b in zip(*found, strict=True):
@@ -148,17 +127,17 @@ def test_two_threads_give_what_one_gives(monkeypatch):
 
 @amx
 def test_frozen_parameters_get_no_gradient_but_pass_it_on():
-    network, x = _randomised(NETWORKS["model"]), torch.randn(64, 7)
-    learned = _gradients(network, x, 1.0)[0]
+    network, x = randomised(NETWORKS["model"]), torch.randn(64, 7)
+    learned = gradients(network, x, 1.0)[0]
     network.zero_grad()
     network.requires_grad_(False)
-    assert torch.equal(_gradients(network, x, 1.0)[0], learned)
+    assert torch.equal(gradients(network, x, 1.0)[0], learned)
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
 @amx
 def test_parameters_of_upper_layers_alone_get_the_gradients_they_get_together():
-    network, x = _randomised(NETWORKS["actor"]), torch.randn(64, 7)
+    network, x = randomised(NETWORKS["actor"]), torch.randn(64, 7)
     network(x).square().sum().backward()
     together = {name: parameter.grad for name, parameter in network.named_parameters()}
     network.zero_grad()
@@ -171,7 +150,7 @@ def test_parameters_of_upper_layers_alone_get_the_gradients_they_get_together():
 
 @amx
 def test_a_second_backward_through_a_kept_graph_gives_the_same():
-    network, x = _randomised(NETWORKS["critic"]), torch.randn(64, 7, requires_grad=True)
+    network, x = randomised(NETWORKS["critic"]), torch.randn(64, 7, requires_grad=True)
     loss = network(x).square().sum()
     first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -179,7 +158,7 @@ def test_a_second_backward_through_a_kept_graph_gives_the_same():
 
 @amx
 def test_nan_and_infinity_stay_in_their_rows():
-    network, x = _randomised(NETWORKS["model"]), torch.randn(40, 7)
+    network, x = randomised(NETWORKS["model"]), torch.randn(40, 7)
     clean = network(x)
     x[3, 2], x[17, 0] = float("nan"), float("inf")
     y = network(x)
@@ -191,7 +170,7 @@ def test_nan_and_infinity_stay_in_their_rows():
 
 @amx
 def test_weights_changed_between_the_ways_are_noticed():
-    network, x = _randomised(NETWORKS["actor"]), torch.randn(64, 7)
+    network, x = randomised(NETWORKS["actor"]), torch.randn(64, 7)
     loss = network(x).sum()
     with torch.no_grad():
         network[3].weight.mul_(2.0)
@@ -207,7 +186,7 @@ def test_weights_are_packed_once_while_they_are_fixed_and_anew_afterwards(monkey
     packed = []
     init = bf16._Packed.__init__
     monkeypatch.setattr(bf16._Packed, "__init__", lambda self, given: packed.append(self) or init(self, given))
-    network, x = _randomised(NETWORKS["model"]), torch.randn(64, 7, requires_grad=True)
+    network, x = randomised(NETWORKS["model"]), torch.randn(64, 7, requires_grad=True)
     before = network(x)
     assert not packed
     with bf16.fixed_weights():
@@ -228,17 +207,17 @@ def test_weights_are_packed_once_while_they_are_fixed_and_anew_afterwards(monkey
 
 @amx
 def test_gradients_are_the_same_within_fixed_weights():
-    network, x = _randomised(NETWORKS["critic"]), torch.randn(64, 7)
-    without = _gradients(network, x, 1.0)
+    network, x = randomised(NETWORKS["critic"]), torch.randn(64, 7)
+    without = gradients(network, x, 1.0)
     network.zero_grad()
     with bf16.fixed_weights():
-        within = _gradients(network, x, 1.0)
+        within = gradients(network, x, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(without, within, strict=True))
 
 
 @amx
 def test_packed_weights_are_freed_with_the_scope_even_after_an_error():
-    network, x = _randomised(NETWORKS["model"]), torch.randn(64, 7)
+    network, x = randomised(NETWORKS["model"]), torch.randn(64, 7)
     with pytest.raises(KeyError), torch.no_grad(), bf16.fixed_weights():
         network(x)
         (packed,) = bf16._scope.packed.values()
@@ -256,7 +235,7 @@ def test_packed_weights_are_freed_with_the_scope_even_after_an_error():
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_only_mediums_promise_allows_it(precision, runs):
     torch.set_float32_matmul_precision(precision)
-    _randomised(NETWORKS["model"])(torch.randn(64, 7))
+    randomised(NETWORKS["model"])(torch.randn(64, 7))
     assert not runs
 
 
@@ -266,7 +245,7 @@ def test_without_it_the_kernels_compute(reason, runs, monkeypatch):
         monkeypatch.setattr(bf16, "_library", None)
     else:
         monkeypatch.setattr(bf16, "_pays", lambda: False)
-    network, x = _randomised(NETWORKS["model"]), torch.randn(64, 7)
+    network, x = randomised(NETWORKS["model"]), torch.randn(64, 7)
     calls, run = [], kernels.run
     monkeypatch.setattr(kernels, "run", lambda *args: calls.append(args) or run(*args))
     y = network(x)
@@ -304,7 +283,7 @@ def test_sizes_that_do_not_fit_are_refused_by_pytorch(layers):
 
 
 def test_transforms_go_past_it(runs):
-    members = [_randomised(NETWORKS["actor"], seed) for seed in range(2)]
+    members = [randomised(NETWORKS["actor"], seed) for seed in range(2)]
     parameters, buffers = stack_module_state(members)
     x = torch.randn(2, 64, 7)
     stacked = vmap(lambda p, b, x: functional_call(members[0], (p, b), (x,)))(parameters, buffers, x)

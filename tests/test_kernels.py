@@ -34,7 +34,7 @@ def _values():
 NETWORKS = {"model": _mlp, "actor": _actor, "critic": _critic, "values": _values}
 
 
-def _randomised(make, seed=0):
+def randomised(make, seed=0):
     torch.manual_seed(seed)
     network = make()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def _randomised(make, seed=0):
     return network
 
 
-def _gradients(network, x, direction):
+def gradients(network, x, direction):
     x = x.clone().requires_grad_()
     (network(x) * direction).sum().backward()
     return [x.grad, *(p.grad for p in network.parameters())]
@@ -64,30 +64,30 @@ def _error(ours, exact):
 @pytest.mark.parametrize("rows", [1, 5, 4096])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_values_and_all_gradients_equal_those_of_pytorch_in_float64(make, rows, monkeypatch):
-    network = _randomised(make)
+    network = randomised(make)
     x = 3 * torch.randn(rows, 7)
-    exact = _randomised(make).double()  # in float64 the modules compute
+    exact = randomised(make).double()  # in float64 the modules compute
     calls = _watched(monkeypatch)
     y = network(x)
     assert calls
     assert _error(y, exact(x.double())) < 2e-6
     direction = torch.randn_like(y)
     for ours, theirs in zip(
-        _gradients(network, x, direction), _gradients(exact, x.double(), direction.double()), strict=True
+        gradients(network, x, direction), gradients(exact, x.double(), direction.double()), strict=True
     ):
         assert _error(ours, theirs) < 2e-5
 
 
 @compiled
 def test_two_threads_give_what_one_gives():
-    network, x = _randomised(_mlp), torch.randn(8192, 7)
+    network, x = randomised(_mlp), torch.randn(8192, 7)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = _gradients(network, x, 1.0)
+        one = gradients(network, x, 1.0)
         network.zero_grad()
         torch.set_num_threads(2)
-        two = _gradients(network, x, 1.0)
+        two = gradients(network, x, 1.0)
     finally:
         torch.set_num_threads(threads)
     for a, b in zip(one, two, strict=True):
@@ -109,7 +109,7 @@ def test_extreme_inputs_neither_overflow_nor_hide_a_nan():
 
 @compiled
 def test_vmap_over_stacked_parameters_gives_each_members_result_and_gradient():
-    members = [_randomised(_actor, seed) for seed in range(3)]
+    members = [randomised(_actor, seed) for seed in range(3)]
     parameters, buffers = stack_module_state(members)
     x = torch.randn(3, 6, 7)
     stacked = vmap(lambda p, b, x: functional_call(members[0], (p, b), (x,)))(parameters, buffers, x)
@@ -124,13 +124,13 @@ def test_vmap_over_stacked_parameters_gives_each_members_result_and_gradient():
 
 @compiled
 def test_vmap_over_inputs_of_an_ensemble_keeps_each_members_parameters():
-    critic, x = _randomised(_critic), torch.randn(4, 5, 7)
+    critic, x = randomised(_critic), torch.randn(4, 5, 7)
     torch.testing.assert_close(vmap(critic)(x), torch.stack([critic(rows) for rows in x]), rtol=1e-5, atol=1e-6)
 
 
 @compiled
 def test_frozen_parameters_get_no_gradient_but_pass_it_on():
-    network = _randomised(_mlp)
+    network = randomised(_mlp)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     x = torch.randn(5, 7, requires_grad=True)
@@ -141,7 +141,7 @@ def test_frozen_parameters_get_no_gradient_but_pass_it_on():
 
 @compiled
 def test_second_derivatives_are_refused_rather_than_wrong():
-    network, x = _randomised(_mlp), torch.randn(5, 7, requires_grad=True)
+    network, x = randomised(_mlp), torch.randn(5, 7, requires_grad=True)
     (grad,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -157,7 +157,7 @@ def test_second_derivatives_are_refused_rather_than_wrong():
     ids=["float64", "an unknown layer", "no rows"],
 )
 def test_what_the_kernels_do_not_know_is_left_to_pytorch(spoil, monkeypatch):
-    network, x = spoil(_randomised(_mlp), torch.randn(5, 7))
+    network, x = spoil(randomised(_mlp), torch.randn(5, 7))
     network = Layers(*network)
     calls = _watched(monkeypatch)
     torch.testing.assert_close(network(x), nn.Sequential(*network)(x), rtol=1e-5, atol=1e-6)
@@ -166,7 +166,7 @@ def test_what_the_kernels_do_not_know_is_left_to_pytorch(spoil, monkeypatch):
 
 @pytest.mark.parametrize("path", ["0", "0.1"], ids=["a block", "a layer of a block"])
 def test_a_hook_is_called(path):
-    network, seen = _randomised(_mlp), []
+    network, seen = randomised(_mlp), []
     network.get_submodule(path).register_forward_hook(lambda module, inputs, output: seen.append(output))
     network(torch.randn(5, 7))
     assert len(seen) == 1
