@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pwm_gym.agents.averaging import WeightAverage
 from pwm_gym.agents.latent_actor import LatentActor
 from pwm_gym.networks import EnsembleMLP, Mish
+from pwm_gym.normalization import RunningMoments
 from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
 from pwm_gym.training import make_model_optimizer
 from pwm_gym.world_model import WorldModel, WorldModelConfig
@@ -27,7 +28,6 @@ __all__ = [
     "PWMCritic",
     "PWMPolicy",
     "ReturnScale",
-    "RunningMoments",
     "SafeFile",
     "default_world_model_config",
     "make_world_model",
@@ -41,6 +41,8 @@ def default_world_model_config(
 ) -> WorldModelConfig:
     """Choose a world model for an env: TD-MPC2's preset `size`, or one that is small enough to learn on a laptop.
 
+    It normalises observations, unless `overrides` say otherwise or name several tasks.
+
     Args:
         observation_space: Real observation space.
         action_space: Real action space.
@@ -48,7 +50,8 @@ def default_world_model_config(
         **overrides: Any other field of `WorldModelConfig`.
     """
     dims = {"observation_dim": spaces.flatdim(observation_space), "action_dim": spaces.flatdim(action_space)}
-    fields = {**dims, **overrides}
+    several = overrides.get("num_tasks", 0) > 0 or len(overrides.get("tasks", ())) > 1
+    fields = {**dims, "normalize_observations": not several, **overrides}
     if size is not None:
         return WorldModelConfig.preset(size, **fields)
     latent, width = (256, 384) if fields["observation_dim"] >= _LARGE_OBSERVATION else (128, 256)
@@ -84,38 +87,6 @@ def make_world_model(
     if features_extractor_kwargs and extractor is None:  # said after what a space's kind is refused for
         raise ValueError("expected features_extractor_class beside features_extractor_kwargs, got None.")
     return world_model
-
-
-class RunningMoments(nn.Module):
-    """Mean and variance of everything seen so far, which never forget.
-
-    Args:
-        shape: Shape of one sample.
-    """
-
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.mean: Tensor
-        self.var: Tensor
-        self.count: Tensor
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.tensor(1e-4))
-
-    @torch.no_grad()
-    def merge(self, batch: Tensor) -> None:
-        """Count a batch in, (N, *shape)."""
-        batch_mean, batch_var, batch_count = batch.mean(0), batch.var(0, correction=0), len(batch)
-        total = self.count + batch_count
-        delta = batch_mean - self.mean
-        moment = self.var * self.count + batch_var * batch_count + delta.square() * self.count * batch_count / total
-        self.mean += delta * batch_count / total
-        self.var.copy_(moment / total)
-        self.count.copy_(total)
-
-    def deviation(self) -> Tensor:
-        """Give the standard deviation, (*shape)."""
-        return (self.var + 1e-5).sqrt()
 
 
 class ReturnScale(RunningMoments):

@@ -46,7 +46,7 @@ _PAPER = {
         "net_arch": {"pi": [400, 200, 100], "qf": [400, 200]},
         "pink_noise": False,
         "averaged_share": 0.0,
-        "world_model_kwargs": {"size": "48M", "reward_in_task_units": False},
+        "world_model_kwargs": {"size": "48M", "reward_in_task_units": False, "normalize_observations": False},
         "model_learning_rate": 3e-4,
     },
 }
@@ -297,7 +297,10 @@ class PWM(ModelBasedAlgorithm):
         same = ours is theirs or (
             ours.config == theirs.config
             and ours.action_space == theirs.action_space
-            and all(torch.equal(a.to(b.device), b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+            and all(
+                torch.equal(a.to(b.device), b)
+                for a, b in zip(*(m.state_dict().values() for m in (ours, theirs)), strict=True)
+            )
         )
         if not same:
             raise ValueError(

@@ -11,27 +11,11 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from pwm_gym.agents.latent_actor import LatentActor
-from pwm_gym.agents.policies import ReturnScale, RunningMoments, SafeFile
+from pwm_gym.agents.policies import ReturnScale, SafeFile
 from pwm_gym.networks import EnsembleMLP, Mish
+from pwm_gym.normalization import Normalizer
 
 __all__ = ["SHACActor", "SHACPolicy"]
-
-
-class Normalizer(RunningMoments):
-    """Observations in units of their running deviation from their running mean, (..., O).
-
-    Args:
-        width: O.
-        active: False passes observations on as they are.
-    """
-
-    def __init__(self, width: int, active: bool) -> None:
-        super().__init__((width,))
-        self.active = active
-
-    def forward(self, observations: Tensor) -> Tensor:
-        """Normalise (..., O)."""
-        return (observations - self.mean) / self.deviation() if self.active else observations
 
 
 class SHACActor(SafeFile):

@@ -13,6 +13,7 @@ from torch import Tensor
 from pwm_gym.checkpoints.hub import local_file
 from pwm_gym.checkpoints.layers import Layer, latent_order, layers_of, put_layers, read_layers, reorder
 from pwm_gym.foreign import read_torch_file
+from pwm_gym.normalization import Normalizer
 from pwm_gym.serialization import atomic_write
 from pwm_gym.task_sets import TASK_DIMS
 from pwm_gym.task_sets import tasks as tasks_of
@@ -245,6 +246,8 @@ def load_tdmpc2(
 def export_tdmpc2(world_model: WorldModel, path: str | os.PathLike[str], layout: str = "current") -> None:
     """Write a world model as TD-MPC2's code does, atomically.
 
+    Where observations are normalised, that becomes part of the encoder's first layer, except that nothing is clipped.
+
     Args:
         world_model: The model. TD-MPC2 knows no other latents than SimNorm's and no features extractor.
         path: The file.
@@ -279,7 +282,10 @@ def export_tdmpc2(world_model: WorldModel, path: str | os.PathLike[str], layout:
         if not _has(world_model, part):
             continue
         net = world_model.get_submodule(part.ours)
-        layers = reorder(layers_of(net), order if part.reads_latent else None, order if part.writes_latent else None)
+        layers = layers_of(net)
+        if part.ours == "encoder" and world_model.normalizer is not None:
+            layers[0] = _on_raw_observations(layers[0], world_model.normalizer)
+        layers = reorder(layers, order if part.reads_latent else None, order if part.writes_latent else None)
         if part.ensemble and not current:
             state |= _flat_entries(part.prefixes[-1], layers)
             continue
@@ -293,6 +299,12 @@ def export_tdmpc2(world_model: WorldModel, path: str | os.PathLike[str], layout:
         state["log_std_dif"] = torch.tensor(LOG_STD_MAX - LOG_STD_MIN)
     with atomic_write(path) as file:
         torch.save({"model": {key: _own(value) for key, value in state.items()}}, file)
+
+
+def _on_raw_observations(layer: Layer, normalizer: Normalizer) -> Layer:
+    """Make W (o - m) / s + b a layer of o itself: weight W / s and bias b - W m / s."""
+    weight = layer.weight / normalizer.deviation()
+    return layer._replace(weight=weight, bias=layer.bias - weight @ normalizer.mean)
 
 
 def _own(value: Any) -> Any:

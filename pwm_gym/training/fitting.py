@@ -226,11 +226,10 @@ def update_world_model(
     length = replay.longest_window(horizon) or min(horizon, 1)  # an empty replay is what the error is then about
     windows = replay.sample_windows(batch_size, length, rng, normalizer)
     world_model.train()
-    if isinstance(windows.observations, dict):
-        flat = world_model.preprocess({k: v.flatten(0, 1) for k, v in windows.observations.items()})
-    else:
-        flat = world_model.preprocess(windows.observations.flatten(0, 1))
-    observations = flat.unflatten(0, (length + 1, -1))  # (H + 1, B, O)
+    seen: Any = windows.observations
+    seen = {k: v.flatten(0, 1) for k, v in seen.items()} if isinstance(seen, dict) else seen.flatten(0, 1)
+    world_model.count(seen)
+    observations = world_model.preprocess(seen).unflatten(0, (length + 1, -1))  # (H + 1, B, O)
     if not world_model.predicts_termination and world_model.termination_head is not None:
         ended = bool(windows.terminated.any())
         if ended if ranks is None else ranks.any(ended):

@@ -47,6 +47,7 @@ class WorldModelConfig:
     task_dim: int = 96  # width of the task embedding where there is one
     regularizer: str = "simnorm"  # of the latent: "simnorm", "none", or "spectral_norm" on encoder and dynamics
     simnorm_dim: int = 8  # features in a SimNorm group
+    normalize_observations: bool = False  # by running statistics, in front of the encoder; of a single task only
     activation: str = "mish"  # of hidden layers, and of the latent without SimNorm: "mish" or "relu"
     num_bins: int = 101  # bins of the categoricals over rewards and values; 1 for scalars in task units
     vmin: float = -10.0  # lowest bin, in symlog units
@@ -88,6 +89,11 @@ class WorldModelConfig:
                 f"{self.num_q} and {self.dropout}."
             )
         self._check_tasks()
+        if self.normalize_observations and self.num_tasks:
+            raise ValueError(
+                f"`normalize_observations` is for a single task, whose observations have one scale, got it with "
+                f"{self.num_tasks} tasks. Leave it False."
+            )
 
     def _check_tasks(self) -> None:
         if len(self.tasks) > 1 and self.num_tasks == 0:

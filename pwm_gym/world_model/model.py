@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pwm_gym.functional import two_hot_cross_entropy, two_hot_decode
 from pwm_gym.networks import ACTIVATIONS, SimNorm, mlp
+from pwm_gym.normalization import Normalizer
 from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
 from pwm_gym.world_model.config import PRESETS, WorldModelConfig
 from pwm_gym.world_model.planning_heads import PolicyPrior, PriorSample, ValueEnsemble
@@ -24,6 +25,7 @@ from pwm_gym.world_model.single_task import fold_task
 __all__ = ["PRESETS", "WorldModel", "WorldModelConfig"]
 
 _FORMAT = "pwm_gym.world_model/1"
+_NORMALIZED_LIMIT = 10.0  # deviations from the mean, as in SB3's VecNormalize
 _NO_HEADS = "Make one with WorldModelConfig.preset(..., planning=True)."
 
 
@@ -110,6 +112,10 @@ class WorldModel(nn.Module):
         self.register_load_state_dict_post_hook(WorldModel._refresh)
         self._initialise()
         self.features_extractor = features_extractor  # as its class initialised it
+        # Features that are learned are of one scale already.
+        learned = features_extractor is not None and any(True for _ in features_extractor.parameters())
+        normalizes = config.normalize_observations and not learned
+        self.normalizer = Normalizer(config.observation_dim, limit=_NORMALIZED_LIMIT) if normalizes else None
 
     def _refresh(self, _incompatible_keys: Any = None) -> None:
         self._seen_termination = bool(self.seen_termination > 0)
@@ -150,7 +156,9 @@ class WorldModel(nn.Module):
         """Turn a batch of real observations into the encoder's input.
 
         Dict entries are flattened and concatenated in the space's own order; discrete ones become one-hot, as in SB3.
-        A features extractor gets them unflattened, and gradients flow into it.
+        A features extractor gets them unflattened instead, and gradients flow into it. With
+        `config.normalize_observations` the result, unless it is learned, is then brought to mean 0 and deviation 1 of
+        what was given to `count` so far.
 
         Args:
             observations: Batch of real observations as arrays or tensors, (B, *shape), or a dict of such.
@@ -163,11 +171,20 @@ class WorldModel(nn.Module):
             ValueError: If the observations don't have the observation space's shape.
         """
         extractor = features_extractor or self.features_extractor
+        features = self._features(observations, extractor)
+        return features if self.normalizer is None else self.normalizer(features)
+
+    def _features(self, observations: Any, extractor: nn.Module | None) -> Tensor:
         keep_shape = extractor is not None
         parts = flatten_observations(observations, self.observation_space, self.device, self.dtype, keep_shape)
         if extractor is not None:
             return extractor(parts)
         return torch.cat(list(parts.values()), -1) if isinstance(parts, dict) else parts
+
+    def count(self, observations: Any) -> None:
+        """Count a batch of real observations, as `preprocess` takes them, into the statistics it normalises by."""
+        if self.normalizer is not None:
+            self.normalizer.merge(self._features(observations, self.features_extractor))
 
     def _condition(self, x: Tensor, task: int | Tensor | None) -> Tensor:
         """Append the task embedding."""
