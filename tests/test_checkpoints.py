@@ -369,6 +369,18 @@ def test_models_that_tdmpc2_has_no_form_for_are_not_exported(tmp_path, fields, l
     assert not list(tmp_path.iterdir())
 
 
+def test_normalised_observations_become_part_of_the_encoder(tmp_path):
+    config = WorldModelConfig(5, 3, latent_dim=Z, encoder_dim=8, mlp_dim=8, normalize_observations=True)
+    torch.manual_seed(0)
+    model = WorldModel(config).eval()
+    raw = torch.tensor([0.0, 3.0, -2.0, 50.0, 0.0]) + torch.tensor([1.0, 0.1, 5.0, 20.0, 1.0]) * torch.randn(100, 5)
+    model.count(raw)
+    export_tdmpc2(model, tmp_path / "a.pt", layout="original")
+    read = load_tdmpc2(tmp_path / "a.pt")
+    assert not read.config.normalize_observations
+    torch.testing.assert_close(read.encode(read.preprocess(raw)), model.encode(model.preprocess(raw)))
+
+
 # Damaged and malicious files
 
 

@@ -23,6 +23,7 @@ FLOORS = {
     "kernels": 0,
     "bf16": 0,
     "networks": 0,
+    "normalization": 0,
     "serialization": 0,
     "foreign": 0,
     "progress": 0,

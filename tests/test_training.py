@@ -349,6 +349,16 @@ def test_updates_train_every_part_but_the_termination_head() -> None:
     assert not model.training
 
 
+def test_updates_count_the_observations_of_their_windows() -> None:
+    plain, model, replay = make(), make(normalize_observations=True), collect(60)
+    for one in (plain, model):
+        update_world_model(one, make_model_optimizer(one, 1e-3), replay, 8, 3, 0.5, np.random.default_rng(0))
+    seen = replay.sample_windows(8, 3, np.random.default_rng(0)).observations.flatten(0, 1)  # (4 x 8, O)
+    assert plain.normalizer is None and model.normalizer is not None
+    assert float(model.normalizer.count) == pytest.approx(32.0, abs=1e-3)
+    torch.testing.assert_close(model.normalizer.mean, seen.mean(0), atol=1e-4, rtol=0.0)
+
+
 def test_short_episodes_give_shorter_windows() -> None:
     model, replay = make(), collect(60, episode=2)
     assert replay.longest_window(5) == 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from torch import Tensor, nn
 
 from pwm_gym import UnsafeFileError, WorldModel, WorldModelConfig
@@ -143,6 +144,7 @@ def test_config_is_frozen() -> None:
         ({"num_tasks": 2, "action_dims": (2, 3)}, r"`action_dims` must be in 1\.\.2, the padded width"),
         ({"num_tasks": 1, "observation_dims": (0,)}, r"`observation_dims` must be in 1\.\.3"),
         ({"discounts": (1.1,)}, r"`discounts` must be in \[0, 1\]"),
+        ({"num_tasks": 2, "normalize_observations": True}, "`normalize_observations` is for a single task.* 2 tasks"),
     ],
 )
 def test_config_refuses_fields_out_of_range(fields: dict[str, Any], message: str) -> None:
@@ -295,6 +297,47 @@ def test_dict_entries_are_concatenated_in_the_spaces_order(tmp_path: pathlib.Pat
     torch.testing.assert_close(model.preprocess({**observations, "unused": np.zeros(2)}), expected)
     model.save(tmp_path / "model.pt")
     torch.testing.assert_close(WorldModel.load(tmp_path / "model.pt").preprocess(observations), expected)
+
+
+def test_observations_are_normalised_by_all_that_was_counted(tmp_path: pathlib.Path) -> None:
+    model = make(normalize_observations=True)
+    rows = torch.tensor([3.0, -20.0, 0.1]) + torch.tensor([0.5, 30.0, 0.0]) * batch(
+        600, width=3
+    )  # the last is constant
+    torch.testing.assert_close(model.preprocess(rows), rows.clamp(-10.0, 10.0), rtol=1e-4, atol=0.0)  # nothing counted
+    for part in rows.split(200):
+        model.count(part)
+    features = model.preprocess(rows)
+    torch.testing.assert_close(features.mean(0), torch.zeros(3), atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(features[:, :2].std(0, correction=0), torch.ones(2), atol=1e-3, rtol=0.0)
+    jump = rows.mean(0) + torch.tensor([0.0, 0.0, 5.0])
+    torch.testing.assert_close(model.preprocess(jump[None])[0, 2], torch.tensor(10.0))  # clipped
+    model.save(tmp_path / "model.pt")
+    loaded = WorldModel.load(tmp_path / "model.pt")
+    assert torch.equal(loaded.preprocess(rows), features)
+    assert float(loaded.normalizer.count) == pytest.approx(600.0, abs=1e-3)
+
+
+def test_what_a_learned_extractor_makes_is_not_normalised() -> None:
+    config = WorldModelConfig(4, 2, latent_dim=16, normalize_observations=True)
+    learned = WorldModel(config, BOX, features_extractor=Learned(BOX, 4))
+    flat = WorldModel(dataclasses.replace(config, observation_dim=3), BOX, features_extractor=FlattenExtractor(BOX))
+    rows = 5.0 + batch(8, width=3)
+    for model in (learned, flat):
+        model.count(rows)
+    assert torch.equal(learned.preprocess(rows), learned.features_extractor(rows))  # type: ignore[misc]
+    torch.testing.assert_close(flat.preprocess(rows).mean(0), torch.zeros(3), atol=1e-3, rtol=0.0)
+
+
+class Learned(BaseFeaturesExtractor):
+    """One linear layer."""
+
+    def __init__(self, space: spaces.Box, width: int) -> None:
+        super().__init__(space, width)
+        self.net = nn.Linear(space.shape[0], width)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations)
 
 
 def test_float64_observations_become_the_models_dtype_without_a_detour() -> None:
@@ -673,6 +716,7 @@ CHOICES: list[Any] = [
     pytest.param({"regularizer": "spectral_norm"}, id="spectral norm"),
     pytest.param({"termination_head": False, "reward_in_task_units": False}, id="no termination"),
     pytest.param({"num_q": 2, "policy_prior": True, "tasks": ("walk",)}, id="planning"),
+    pytest.param({"normalize_observations": True}, id="normalised"),
     pytest.param({"vmin": np.float64(-5.0), "num_bins": np.int64(7)}, id="NumPy numbers"),
 ]
 

@@ -211,7 +211,8 @@ def test_options_run(changes: dict[str, Any], make_agent: Any, toy: Any):
 def test_the_papers_settings_are_a_preset(make_agent: Any, toy: Any):
     agent = PWM("MlpPolicy", toy(), **PWM.PAPER, _init_setup_model=False)
     assert (agent.horizon, agent.rho, agent.tau, agent.detach_input) == (16, 0.99, 1.0, True)
-    assert agent.policy_kwargs["world_model_kwargs"] == {"size": "48M", "reward_in_task_units": False}
+    raw = {"reward_in_task_units": False, "normalize_observations": False}
+    assert agent.policy_kwargs["world_model_kwargs"] == {"size": "48M", **raw}
 
 
 # A frozen model
@@ -293,7 +294,7 @@ def act_with(agent: PWM, observation: np.ndarray, latest: bool) -> np.ndarray:
     if not latest:
         encoder, latent_actor = actor.average.copies["encoder"], actor.average.copies["latent_actor"]
     with torch.no_grad():
-        action = latent_actor(encoder(torch.from_numpy(observation)[None]))[0][0]
+        action = latent_actor(encoder(actor.world_model.preprocess(observation[None])))[0][0]
     return agent.policy.unscale_action(action.numpy())
 
 
@@ -380,7 +381,7 @@ def test_make_latent_env_starts_from_replayed_observations(make_agent: Any, real
     assert (env.num_envs, env.horizon, env.world_model) == (7, 2, agent.world_model)
     assert agent.make_latent_env().horizon == agent.horizon
     z, _ = env.reset(seed=0)
-    known = agent.world_model.encode(torch.from_numpy(agent.replay_buffer.observations[:20, 0]))
+    known = agent.world_model.encode(agent.world_model.preprocess(agent.replay_buffer.observations[:20, 0]))
     assert torch.cdist(z, known).min(1).values.max() < 1e-3
     given = torch.full((1, 16), 0.125)
     z, _ = agent.make_latent_env(num_envs=2, latents=given).reset(seed=0)

@@ -461,7 +461,7 @@ def test_plans_on_top_of_pwm_use_its_policy_and_critics(make_agent: Any, toy: An
         **PLANNER,
     )
     with torch.no_grad():
-        z = agent.world_model.encode(torch.from_numpy(observations))
+        z = agent.world_model.encode(agent.world_model.preprocess(observations))
     noise = planner.draw(1, torch.Generator().manual_seed(0))
     plan = planner.plan(z, noise, deterministic=True)
     np.testing.assert_allclose(actions, plan.actions.numpy(), rtol=1e-5, atol=1e-6)
