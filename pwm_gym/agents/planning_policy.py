@@ -139,7 +139,7 @@ class TDMPC2Policy(PlanningPolicy, SafeFile):
         self.world_model = make_world_model(
             observation_space,
             action_space,
-            {"size": "5M", "planning": True, "normalize_observations": False, **(world_model_kwargs or {})},
+            {"size": "5M", "planning": True, **(world_model_kwargs or {})},
             features_extractor_class,
             features_extractor_kwargs,
         )

@@ -41,8 +41,6 @@ def default_world_model_config(
 ) -> WorldModelConfig:
     """Choose a world model for an env: TD-MPC2's preset `size`, or one that is small enough to learn on a laptop.
 
-    It normalises observations, unless `overrides` say otherwise or name several tasks.
-
     Args:
         observation_space: Real observation space.
         action_space: Real action space.
@@ -50,8 +48,7 @@ def default_world_model_config(
         **overrides: Any other field of `WorldModelConfig`.
     """
     dims = {"observation_dim": spaces.flatdim(observation_space), "action_dim": spaces.flatdim(action_space)}
-    several = overrides.get("num_tasks", 0) > 0 or len(overrides.get("tasks", ())) > 1
-    fields = {**dims, "normalize_observations": not several, **overrides}
+    fields = {**dims, **overrides}
     if size is not None:
         return WorldModelConfig.preset(size, **fields)
     latent, width = (256, 384) if fields["observation_dim"] >= _LARGE_OBSERVATION else (128, 256)

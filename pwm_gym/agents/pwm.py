@@ -46,7 +46,7 @@ _PAPER = {
         "net_arch": {"pi": [400, 200, 100], "qf": [400, 200]},
         "pink_noise": False,
         "averaged_share": 0.0,
-        "world_model_kwargs": {"size": "48M", "reward_in_task_units": False, "normalize_observations": False},
+        "world_model_kwargs": {"size": "48M", "reward_in_task_units": False},
         "model_learning_rate": 3e-4,
     },
 }

@@ -525,9 +525,7 @@ def test_default_world_model_takes_a_size_and_any_field():
     assert default_world_model_config(OBSERVATIONS, ACTIONS, "5M", latent_dim=64).latent_dim == 64
     assert default_world_model_config(OBSERVATIONS, ACTIONS, num_bins=51).num_bins == 51
     assert default_world_model_config(OBSERVATIONS, ACTIONS, observation_dim=17).latent_dim == 256
-    assert default_world_model_config(OBSERVATIONS, ACTIONS).normalize_observations
-    assert not default_world_model_config(OBSERVATIONS, ACTIONS, tasks=("a", "b")).normalize_observations
-    assert not default_world_model_config(OBSERVATIONS, ACTIONS, normalize_observations=False).normalize_observations
+    assert default_world_model_config(OBSERVATIONS, ACTIONS, normalize_observations=True).normalize_observations
     with pytest.raises(ValueError, match="`size` must be one of"):
         default_world_model_config(OBSERVATIONS, ACTIONS, "6M")
 

@@ -211,8 +211,7 @@ def test_options_run(changes: dict[str, Any], make_agent: Any, toy: Any):
 def test_the_papers_settings_are_a_preset(make_agent: Any, toy: Any):
     agent = PWM("MlpPolicy", toy(), **PWM.PAPER, _init_setup_model=False)
     assert (agent.horizon, agent.rho, agent.tau, agent.detach_input) == (16, 0.99, 1.0, True)
-    raw = {"reward_in_task_units": False, "normalize_observations": False}
-    assert agent.policy_kwargs["world_model_kwargs"] == {"size": "48M", **raw}
+    assert agent.policy_kwargs["world_model_kwargs"] == {"size": "48M", "reward_in_task_units": False}
 
 
 # A frozen model
@@ -307,6 +306,21 @@ def test_deterministic_actions_come_from_averaged_weights(make_agent: Any, real_
     agent.save(tmp_path / "agent")
     loaded = PWM.load(tmp_path / "agent")
     np.testing.assert_array_equal(loaded.predict(observation, deterministic=True)[0], action)
+
+
+def test_normalised_observations_travel_with_the_agent(make_agent: Any, real_env: Any, tmp_path: Any):
+    sizes = {"latent_dim": 16, "encoder_dim": 16, "mlp_dim": 16, "num_bins": 21, "normalize_observations": True}
+    agent = make_agent(real_env(), policy_kwargs={"world_model_kwargs": sizes}).learn(40)
+    assert agent.world_model.normalizer.mean.abs().min() > 0.0
+    agent.save(tmp_path / "agent")
+    loaded = PWM.load(tmp_path / "agent")
+    observation = agent.observation_space.sample()
+    action = agent.predict(observation, deterministic=True)[0]
+    np.testing.assert_allclose(action, act_with(agent, observation, latest=False), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(loaded.predict(observation, deterministic=True)[0], action)
+    loaded.world_model.normalizer.merge(torch.ones(8, len(observation)))
+    with pytest.raises(ValueError, match="got another model"):  # equal weights, but other statistics
+        agent.set_env(LatentVectorEnv(loaded.world_model, num_envs=4))
 
 
 def test_latest_weights_act_in_a_frozen_model_and_without_a_share(make_agent: Any, real_env: Any):
