@@ -21,6 +21,7 @@ from pwm_gym.training import (
     world_model_loss,
 )
 from pwm_gym.training.planning_learner import PlanningLearner, episode_discount
+from pwm_gym.training.ranks import Ranks
 
 BOX = spaces.Box(-10.0, 10.0, (2,), np.float32)
 DICT = spaces.Dict({"first": spaces.Box(-10.0, 10.0, (1,)), "second": spaces.Box(-10.0, 10.0, (1,))})
@@ -357,6 +358,13 @@ def test_updates_count_the_observations_of_their_windows() -> None:
     assert plain.normalizer is None and model.normalizer is not None
     assert float(model.normalizer.count) == pytest.approx(32.0, abs=1e-3)
     torch.testing.assert_close(model.normalizer.mean, seen.mean(0), atol=1e-4, rtol=0.0)
+
+
+def test_several_processes_do_not_train_a_normalising_model() -> None:
+    model, ranks = make(normalize_observations=True), Ranks()
+    ranks.size = 2
+    with pytest.raises(ValueError, match="normalize_observations=False .* each of 2"):
+        update_world_model(model, make_model_optimizer(model, 1e-3), collect(60), 8, 3, 0.5, ranks=ranks)
 
 
 def test_short_episodes_give_shorter_windows() -> None:

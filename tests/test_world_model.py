@@ -301,9 +301,8 @@ def test_dict_entries_are_concatenated_in_the_spaces_order(tmp_path: pathlib.Pat
 
 def test_observations_are_normalised_by_all_that_was_counted(tmp_path: pathlib.Path) -> None:
     model = make(normalize_observations=True)
-    rows = torch.tensor([3.0, -20.0, 0.1]) + torch.tensor([0.5, 30.0, 0.0]) * batch(
-        600, width=3
-    )  # the last is constant
+    middle, spread = torch.tensor([3.0, -20.0, 0.1]), torch.tensor([0.5, 30.0, 0.0])  # the last is constant
+    rows = middle + spread * batch(600, width=3)
     torch.testing.assert_close(model.preprocess(rows), rows.clamp(-10.0, 10.0), rtol=1e-4, atol=0.0)  # nothing counted
     for part in rows.split(200):
         model.count(part)
@@ -318,17 +317,6 @@ def test_observations_are_normalised_by_all_that_was_counted(tmp_path: pathlib.P
     assert float(loaded.normalizer.count) == pytest.approx(600.0, abs=1e-3)
 
 
-def test_what_a_learned_extractor_makes_is_not_normalised() -> None:
-    config = WorldModelConfig(4, 2, latent_dim=16, normalize_observations=True)
-    learned = WorldModel(config, BOX, features_extractor=Learned(BOX, 4))
-    flat = WorldModel(dataclasses.replace(config, observation_dim=3), BOX, features_extractor=FlattenExtractor(BOX))
-    rows = 5.0 + batch(8, width=3)
-    for model in (learned, flat):
-        model.count(rows)
-    assert torch.equal(learned.preprocess(rows), learned.features_extractor(rows))  # type: ignore[misc]
-    torch.testing.assert_close(flat.preprocess(rows).mean(0), torch.zeros(3), atol=1e-3, rtol=0.0)
-
-
 class Learned(BaseFeaturesExtractor):
     """One linear layer."""
 
@@ -338,6 +326,18 @@ class Learned(BaseFeaturesExtractor):
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.net(observations)
+
+
+def test_what_a_learned_extractor_makes_is_not_normalised() -> None:
+    config = WorldModelConfig(4, 2, latent_dim=16, normalize_observations=True)
+    extractor = Learned(BOX, 4)
+    learned = WorldModel(config, BOX, features_extractor=extractor)
+    flat = WorldModel(dataclasses.replace(config, observation_dim=3), BOX, features_extractor=FlattenExtractor(BOX))
+    rows = 5.0 + batch(8, width=3)
+    for model in (learned, flat):
+        model.count(rows)
+    assert torch.equal(learned.preprocess(rows), extractor(rows))
+    torch.testing.assert_close(flat.preprocess(rows).mean(0), torch.zeros(3), atol=1e-3, rtol=0.0)
 
 
 def test_float64_observations_become_the_models_dtype_without_a_detour() -> None:

@@ -222,7 +222,15 @@ def update_world_model(
         planning: Learner of values and policy prior, to learn them too.
         ranks: The processes that train together; `replay` gives each its part of a batch. None alone.
         make_loss: Gives the `ModelLoss` of these that `Ranks.wrap` made; None alone.
+
+    Raises:
+        ValueError: If several processes train a model that normalises observations.
     """
+    if world_model.normalizer is not None and ranks is not None and ranks.size > 1:
+        raise ValueError(
+            f"expected a model with normalize_observations=False where several processes train it, got one that would "
+            f"count other observations in each of {ranks.size}. Train it in one process."
+        )
     length = replay.longest_window(horizon) or min(horizon, 1)  # an empty replay is what the error is then about
     windows = replay.sample_windows(batch_size, length, rng, normalizer)
     world_model.train()
