@@ -13,10 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pwm_gym import LatentVectorEnv, WorldModel, WorldModelConfig, fit_world_model, make_differentiable
-from pwm_gym.replay import SequenceSamples
+from pwm_gym import (
+    LatentVectorEnv,
+    OfflineDataset,
+    WorldModel,
+    WorldModelConfig,
+    fit_world_model,
+    make_differentiable,
+)
+from pwm_gym.datasets.storage import Episode
 
-__all__ = ["LearnedDynamics", "TrueDynamics", "VARIANTS", "along_horizon", "fit", "landscape"]
+__all__ = ["LearnedDynamics", "TrueDynamics", "VARIANTS", "along_horizon", "collect", "fit", "landscape"]
 
 # What a model regularises its latent by (PWM, arXiv:2407.02466): SimNorm, or an activation only.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -91,47 +98,34 @@ def _play(env: Any, plans: Tensor) -> Tensor:
 # Models
 
 
-class Experience:
-    """Steps of B envs side by side, as a source of windows for `fit_world_model`."""
-
-    def __init__(self, task: str, steps: int, num_envs: int, seed: int) -> None:
-        """Collect `steps` steps of each env with uniformly random actions, each held for one to four steps."""
-        env: Any = make_differentiable(task, num_envs)
-        rng = np.random.default_rng(seed)
-        observations, _ = env.reset(seed=seed)
-        actions = torch.zeros(env.action_space.shape)
-        columns: list[tuple[Tensor, ...]] = []
-        with torch.no_grad():
-            for _ in range(steps):
-                fresh = torch.from_numpy(rng.random(num_envs) < 0.4).unsqueeze(-1)
-                drawn = torch.from_numpy(rng.uniform(-1.0, 1.0, env.action_space.shape).astype(np.float32))
-                actions = torch.where(fresh, drawn, actions)
-                following, rewards, terminated, truncated, infos = env.step(actions)
-                led_to = following
-                if "final_obs" in infos:
-                    led_to = torch.where(infos["_final_obs"].unsqueeze(-1), infos["final_obs"], following)
-                columns.append((observations, led_to, actions, rewards, terminated, terminated | truncated))
-                observations = following
-        stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
-        self.observations, self._led_to, self.actions, self._rewards, self._terminated, self._ends = stacked
-
-    def longest_window(self, limit: int) -> int:
-        """Give `limit`: episodes are longer."""
-        return limit
-
-    def sample_windows(
-        self, batch_size: int, horizon: int, rng: np.random.Generator | None = None, normalizer: Any = None, /
-    ) -> SequenceSamples:
-        """Sample windows of which at most the last step ends an episode."""
-        steps, num_envs = self._ends.shape
-        inner = self._ends.unfold(0, horizon, 1)[..., :-1].any(-1).numpy()  # (T - H + 1, B)
-        starts = np.flatnonzero(~inner)
-        chosen = starts[(rng or np.random.default_rng(0)).integers(len(starts), size=batch_size)]
-        first, env = np.divmod(chosen, num_envs)
-        rows, columns = first + np.arange(horizon)[:, None], np.tile(env, (horizon, 1))  # (H, B)
-        observations = torch.cat([self.observations[rows, columns], self._led_to[rows[-1:], columns[-1:]]])
-        picked = (part[rows, columns] for part in (self.actions, self._rewards, self._terminated))
-        return SequenceSamples(observations, *picked)
+@functools.lru_cache
+def collect(task: str, steps: int, num_envs: int, seed: int) -> OfflineDataset:
+    """Collect `steps` steps of each of B envs with uniformly random actions, each held for one to four steps."""
+    env: Any = make_differentiable(task, num_envs)
+    rng = np.random.default_rng(seed)
+    observations, _ = env.reset(seed=seed)
+    actions = torch.zeros(env.action_space.shape)
+    columns: list[tuple[Tensor, ...]] = []
+    with torch.no_grad():
+        for _ in range(steps):
+            fresh = torch.from_numpy(rng.random(num_envs) < 0.4).unsqueeze(-1)
+            drawn = torch.from_numpy(rng.uniform(-1.0, 1.0, env.action_space.shape).astype(np.float32))
+            actions = torch.where(fresh, drawn, actions)
+            following, rewards, terminated, truncated, infos = env.step(actions)
+            led_to = following
+            if "final_obs" in infos:
+                led_to = torch.where(infos["_final_obs"].unsqueeze(-1), infos["final_obs"], following)
+            columns.append((observations, led_to, actions, rewards, terminated, truncated))
+            observations = following
+    seen, led, acted, earned, ended, cut = (torch.stack(column).numpy() for column in zip(*columns, strict=True))
+    episodes = []
+    for b in range(num_envs):
+        last = np.union1d(np.flatnonzero(ended[:, b] | cut[:, b]), [steps - 1])
+        for first, end in zip([0, *(last[:-1] + 1)], last, strict=True):
+            own = slice(first, end + 1), b
+            whole = np.concatenate([seen[own], led[end : end + 1, b]])  # (T + 1, O)
+            episodes.append(Episode(whole, acted[own], earned[own], bool(ended[end, b]), bool(cut[end, b])))
+    return OfflineDataset(episodes, [task])
 
 
 def fit(task: str, steps: int, updates: int, width: int, seed: int = 0, **arguments: Any) -> WorldModel:
@@ -145,18 +139,13 @@ def fit(task: str, steps: int, updates: int, width: int, seed: int = 0, **argume
         seed: Of experience, weights and batches.
         **arguments: Of `WorldModelConfig`, such as those in `VARIANTS`.
     """
-    experience = _experience(task, steps // 16, 16, seed)
+    experience = collect(task, steps // 16, 16, seed)
     torch.manual_seed(seed)
-    dims = experience.observations.shape[-1], experience.actions.shape[-1]
+    dims = experience.observation_dim, experience.action_dim
     arguments |= {"latent_dim": width, "encoder_dim": width, "mlp_dim": width}
     model = WorldModel(WorldModelConfig(*dims, **arguments))
     fit_world_model(model, experience, updates, 128, 8, 0.9, seed=seed)
     return model
-
-
-@functools.lru_cache
-def _experience(task: str, steps: int, num_envs: int, seed: int) -> Experience:
-    return Experience(task, steps, num_envs, seed)
 
 
 # What is measured

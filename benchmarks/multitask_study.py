@@ -5,6 +5,7 @@
 
 1. `data`: on each task an agent (PWM with its defaults) trains online until the last tenth of its episodes is worth
    half of SAC's published score at 1M frames, or half of them succeed; its whole replay buffer is the task's data.
+   `--benchmark runs/benchmark/online` takes the buffers of the agents (seed 0) that a benchmark trained already.
 2. `model`: one multi-task model is pre-trained on all of it, with values and policy prior for the planner.
 3. `policies`: from each seed, a policy for each task (PWM) and one for all tasks; PPO and SAC (SB3's) in each task's
    latent env, for the CPU time that PWM took for it; and planning (TDMPC2, published settings) with the same model.
@@ -37,6 +38,8 @@ from pwm_gym import (
     extract,
     pretrain,
 )
+from pwm_gym.benchmark import Cell, Study
+from pwm_gym.benchmark.study import PRECISIONS
 from pwm_gym.datasets.storage import DatasetWriter, Layout
 from pwm_gym.envs.factory import make_task
 from pwm_gym.evaluation import episode_outcomes
@@ -46,7 +49,7 @@ from pwm_gym.serialization import atomic_write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASKS = (
-    *("cartpole-swingup", "pendulum-swingup", "cup-catch", "finger-spin", "reacher-easy", "walker-walk"),
+    *("cartpole-swingup", "pendulum-swingup", "reacher-easy", "walker-walk", "cheetah-run", "hopper-stand"),
     *("mw-door-close", "mw-handle-press"),
 )
 METHODS = ("PWM", "multi-task policy", "PPO", "SAC", "planning")
@@ -73,36 +76,63 @@ def is_enough(task: str, returns: np.ndarray, successes: Sequence[float]) -> boo
     return bool(told[-max(1, len(told) // 10) :].mean() >= wanted)
 
 
-def collect(task: str, folder: pathlib.Path, most: int) -> None:
+def whole_returns(replay: SequenceReplayBuffer, task: str) -> np.ndarray:
+    """Give the return of each whole episode in a buffer, in the order of time."""
+    data = OfflineDataset.from_replay_buffer(replay, task)
+    return data.returns()[data.terminated | data.truncated]
+
+
+def note(folder: pathlib.Path, task: str, decisions: int, done: bool, told: tuple[np.ndarray, list[float]]) -> bool:
+    """Write down how good a task's buffer is, and tell whether its data is complete."""
+    returns, successes = told
+    enough = is_enough(task, returns, successes)
+    state: dict[str, Any] = {"decisions": decisions, "done": done or enough, "enough": enough}
+    write_json(folder / "state.json", state | {"returns": returns.tolist(), "successes": successes})
+    tenth = returns[-max(1, len(returns) // 10) :].mean()
+    print(f"{task}: {decisions} decisions, last tenth {tenth:.0f}{', good enough' if enough else ''}", flush=True)
+    return done or enough
+
+
+def take(task: str, folder: pathlib.Path, benchmark: pathlib.Path) -> bool:
+    """Take the buffer of the agent that a benchmark trained on a task, if it did and publications score returns."""
+    runs = Study.open(benchmark)
+    cell = Cell("pwm", task, 0)
+    if cell not in runs.cells or not runs.is_done(cell) or published_scores(task)[0] == "success":
+        return False
+    (path,) = runs.state_path(cell).glob("agent-*.replay")
+    replay = SequenceReplayBuffer.load(path, "cpu")
+    with atomic_write(folder / path.name) as file:
+        file.write(path.read_bytes())
+    note(folder, task, replay.size(), True, (whole_returns(replay, task), []))
+    return True
+
+
+def collect(task: str, folder: pathlib.Path, most: int, benchmark: pathlib.Path | None) -> None:
     """Train an agent on a task until its buffer is good enough, or `most` decisions are spent."""
-    note, env = folder / "state.json", make_task(task)
     state: dict[str, Any] = {"decisions": 0, "done": False}
-    if note.exists():
-        state = json.loads(note.read_text())
+    if (folder / "state.json").exists():
+        state = json.loads((folder / "state.json").read_text())
+    elif benchmark is not None and take(task, folder, benchmark):
+        return
     if state["done"]:
         return
+    env = make_task(task)
     if state["decisions"]:
         agent = PWM.load(folder / f"agent-{state['decisions']}.zip", env=env, device="cpu")
         agent.load_replay_buffer(folder / f"agent-{state['decisions']}.replay")
     else:
         agent = PWM("MlpPolicy", env, buffer_size=most, stats_window_size=100_000, seed=0, device="cpu")
-    while not state["done"]:
+    done = False
+    while not done:
         agent.learn(min(EVERY, most), reset_num_timesteps=False)
-        data = OfflineDataset.from_replay_buffer(agent.sequence_replay(), task)
-        whole = data.terminated | data.truncated
-        returns, successes = data.returns()[whole], [float(told) for told in agent.ep_success_buffer or ()]
-        done = is_enough(task, returns, successes) or agent.num_timesteps >= most
+        returns = whole_returns(agent.sequence_replay(), task)
+        successes = [float(told) for told in agent.ep_success_buffer or ()]
         agent.save(folder / f"agent-{agent.num_timesteps}.zip")
         agent.save_replay_buffer(folder / f"agent-{agent.num_timesteps}.replay")
-        state = {"decisions": agent.num_timesteps, "done": done, "enough": is_enough(task, returns, successes)}
-        state |= {"returns": returns.tolist(), "successes": successes}
-        write_json(note, state)
+        done = note(folder, task, agent.num_timesteps, agent.num_timesteps >= most, (returns, successes))
         for old in folder.glob("agent-*"):
             if old.stem != f"agent-{agent.num_timesteps}":
                 old.unlink()
-        print(
-            f"{task}: {agent.num_timesteps} decisions, last tenth {returns[-max(1, len(returns) // 10) :].mean():.0f}"
-        )
 
 
 def join(tasks: Sequence[str], folder: pathlib.Path) -> OfflineDataset:
@@ -325,6 +355,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of extraction (default: %(default)s)")
     parser.add_argument("--planning-seeds", type=int, nargs="*", help="those that plan as well; all without")
     parser.add_argument("--most", type=int, default=100_000, help="decisions on a task (default: %(default)s)")
+    parser.add_argument("--benchmark", type=pathlib.Path, help="take its buffers, on tasks scored by return")
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of float32 products")
     parser.add_argument("--size", default="5M", help="of the model (default: %(default)s)")
     parser.add_argument("--model-updates", type=int, default=20_000, help="default: %(default)s")
     parser.add_argument("--model-batch-size", type=int, default=256, help="default: %(default)s")
@@ -335,10 +367,11 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "results" / "multitask_study")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_float32_matmul_precision(arguments.precision)
     stage, tasks = arguments.stage, tuple(arguments.tasks)
     if stage in ("all", "data"):
         for task in tasks:
-            collect(task, arguments.out / "data" / task, arguments.most)
+            collect(task, arguments.out / "data" / task, arguments.most, arguments.benchmark)
     if stage in ("all", "model", "policies"):
         dataset = join(tasks, arguments.out)
         sizes = {"size": arguments.size, "updates": arguments.model_updates, "batch_size": arguments.model_batch_size}

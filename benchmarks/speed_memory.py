@@ -1,7 +1,12 @@
-"""How much memory an update needs beyond what is there before it, in a process of its own."""
+"""How much memory an update needs beyond what is there before it, in a process of its own.
+
+The first update of all isn't counted: moments of Adam and the libraries' buffers stay from then on. The heap's free
+pages are given back before the others, which would hide what those need.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import os
@@ -37,7 +42,9 @@ def peak_growth(case: str, root: pathlib.Path | None) -> float:
     else:
         agent = make_agent(size, batch)
         update = functools.partial(agent.train, 1, batch)
+    update()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
     for _ in range(UPDATES):

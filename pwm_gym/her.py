@@ -136,7 +136,7 @@ class HerSequenceReplayBuffer(_Windows, HerReplayBuffer):
 
     # Sampling
 
-    def _is_window(self, offset: np.ndarray, env: np.ndarray, horizon: int) -> np.ndarray:
+    def _is_window(self, offset: np.ndarray, env: np.ndarray, horizon: int | np.ndarray) -> np.ndarray:
         finished = self.ep_length[(self._oldest + offset) % self.buffer_size, env] > 0
         return finished & super()._is_window(offset, env, horizon)
 

@@ -121,13 +121,13 @@ def _activate_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     stats: Tensor,
     grad: Tensor,
     groups: int,
     wants_parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """From the gradient of `_activate`'s result to those of x, weight and bias."""
+    """From the gradient of `_activate`'s result y, which SimNorm alone reads, to those of x, weight and bias."""
     grad, weight, bias = grad.contiguous(), weight.contiguous(), bias.contiguous()
     features, threads = x.shape[-1], _threads(x)
     rows = x.numel() // features
@@ -138,7 +138,7 @@ def _activate_backward(
         x.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),
-        y.data_ptr(),
+        None if y is None else y.data_ptr(),
         stats.data_ptr(),
         grad.data_ptr(),
         grad_x.data_ptr(),
@@ -190,16 +190,17 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: tuple[tuple[int, float, int], ...], *parameters: Tensor) -> Tensor:
         """`spec` has kind, eps and groups of each block; `parameters` its four, of which the last two may be None."""
-        inputs = []
+        kept: list[Tensor | None] = []
         for i, (kind, eps, groups) in enumerate(spec):
             weight, bias, norm_weight, norm_bias = parameters[4 * i : 4 * i + 4]
-            inner = _linear(x, weight, bias)
-            y, stats = inner, None
+            y, inner, stats = _linear(x, weight, bias), None, None
             if kind != Kind.NOTHING:
+                inner = y
                 y, stats = _activate(kind, inner, norm_weight, norm_bias, eps, groups)
-            inputs += [x, inner if stats is not None else None, stats]
+            learned = ctx.needs_input_grad[2 + 4 * i]  # a frozen weight's input is of no use later
+            kept += [x if learned else None, inner, stats, y if kind == Kind.NORM_SIMNORM else None]
             x = y
-        ctx.save_for_backward(*inputs, x, *parameters)
+        ctx.save_for_backward(*kept, *parameters)
         ctx.spec = spec
         return x
 
@@ -207,12 +208,12 @@ class _Network(torch.autograd.Function):
     @once_differentiable  # for second derivatives there would have to be more kernels
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.spec)
-        saved, parameters = ctx.saved_tensors[: 3 * count + 1], ctx.saved_tensors[3 * count + 1 :]
+        kept, parameters = ctx.saved_tensors[: 4 * count], ctx.saved_tensors[4 * count :]
         wanted = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * (2 + 4 * count)
         for i in reversed(range(count)):
             kind, _, groups = ctx.spec[i]
-            x, inner, stats, y = saved[3 * i : 3 * i + 4]
+            x, inner, stats, y = kept[4 * i : 4 * i + 4]
             weight, _, norm_weight, norm_bias = parameters[4 * i : 4 * i + 4]
             at = 2 + 4 * i  # of its parameters among the arguments
             if kind != Kind.NOTHING:

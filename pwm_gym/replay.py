@@ -35,14 +35,24 @@ def draw(rng: np.random.Generator | None, high: int | np.ndarray, size: int) -> 
     return rng.integers(high, size=size)
 
 
+def _join(first: np.ndarray, last: np.ndarray, beyond: np.ndarray) -> np.ndarray:
+    """Put observations (H, B, ...) and the last (1, B, ...) together; the last also stands where `beyond`, (H, B)."""
+    first[beyond] = np.broadcast_to(last, first.shape)[beyond]
+    return np.concatenate([first, last])  # (H + 1, B, ...)
+
+
 class SequenceSamples(NamedTuple):
-    """Windows of H consecutive steps, time first: observations[t] --actions[t]--> observations[t + 1]."""
+    """Windows of H consecutive steps, time first: observations[t] --actions[t]--> observations[t + 1].
+
+    A window that its episode's end cut short repeats what comes last; only its first `lengths` steps count.
+    """
 
     observations: Any  # (H + 1, B, *shape), as stored; a dict of such arrays for Dict spaces
     actions: torch.Tensor  # (H, B, A), in [-1, 1]
     rewards: torch.Tensor  # (H, B), in task units
     terminated: torch.Tensor  # (H, B), bool: step t ended the episode for good, not by a time limit
     task: torch.Tensor | None = None  # (B,), int64, of data that holds several tasks
+    lengths: torch.Tensor | None = None  # (B,), int64, steps of each window, in [1, H]; None where all have H
 
 
 class WindowSource(Protocol):
@@ -59,8 +69,10 @@ class WindowSource(Protocol):
         rng: np.random.Generator | None = None,
         normalizer: VecNormalize | None = None,
         /,
+        *,
+        partial: bool = False,
     ) -> SequenceSamples:
-        """Sample windows of `horizon` steps, each inside one episode."""
+        """Sample windows of `horizon` steps, each inside one episode, or with `partial` of as many as it has left."""
         ...
 
 
@@ -177,11 +189,11 @@ class _Windows(ReplayBuffer):
     def _oldest(self) -> int:
         return (self.pos + self.optimize_memory_usage) % self.buffer_size if self.full else 0
 
-    def _offsets(self, horizon: int) -> int:
+    def _offsets(self, horizon: Any) -> Any:
         usable = self.size() - (self.optimize_memory_usage and self.full)
         return usable - horizon - self.optimize_memory_usage + 1
 
-    def _is_window(self, offset: np.ndarray, env: np.ndarray, horizon: int) -> np.ndarray:
+    def _is_window(self, offset: np.ndarray, env: np.ndarray, horizon: int | np.ndarray) -> np.ndarray:
         first = (self._oldest + offset) % self.buffer_size
         last = (first + horizon - 1 + self.optimize_memory_usage) % self.buffer_size
         return self.episode[first, env] == self.episode[last, env]
@@ -245,6 +257,7 @@ class _Windows(ReplayBuffer):
         rng: np.random.Generator | None = None,
         env: VecNormalize | None = None,
         newest: int | None = None,
+        partial: bool = False,
     ) -> SequenceSamples:
         """Sample windows of `horizon` steps and `horizon` + 1 observations, each inside one episode.
 
@@ -254,6 +267,7 @@ class _Windows(ReplayBuffer):
             rng: Generator to draw with; None for NumPy's global one, which SB3 uses everywhere.
             env: Normalises observations and rewards where the agent's env is a `VecNormalize`.
             newest: Only windows that begin in the last so many steps, over all envs; None for all.
+            partial: Windows may begin at any step, so that an episode's last one is seen at each place in a window.
 
         Returns:
             The windows, on the buffer's device.
@@ -261,26 +275,36 @@ class _Windows(ReplayBuffer):
         Raises:
             ValueError: If the buffer holds no such window.
         """
-        start, envs = self._window_starts(batch_size, horizon, rng, newest)
-        times = (start + np.arange(horizon)[:, None]) % self.buffer_size  # (H, B)
+        start, envs = self._window_starts(batch_size, 1 if partial else horizon, rng, newest)
+        lengths = self._steps_left(start, envs, horizon) if partial else np.full(batch_size, horizon)
+        times = (start + np.minimum(np.arange(horizon)[:, None], lengths - 1)) % self.buffer_size  # (H, B)
         if self.optimize_memory_usage:
             last = self._at(self.observations, ((times[-1:] + 1) % self.buffer_size, envs))  # (1, B, *shape)
         else:
             last = self._at(self.next_observations, (times[-1:], envs))  # (1, B, *shape)
         first = self._at(self.observations, (times, envs))  # (H, B, *shape)
+        beyond = np.arange(horizon)[:, None] >= lengths  # (H, B)
         if isinstance(first, dict):
-            observations: Any = {k: np.concatenate([first[k], last[k]]) for k in first}
+            observations: Any = {k: _join(first[k], last[k], beyond) for k in first}
         else:
-            observations = np.concatenate([first, last])  # (H + 1, B, *shape)
+            observations = _join(first, last, beyond)  # (H + 1, B, *shape)
         rewards = self.rewards[times, envs]
         self._relabel(observations, rewards, times, envs, rng)
-        ended = self.dones[times, envs] * (1 - self.timeouts[times, envs])
+        ended = self.dones[times, envs] * (1 - self.timeouts[times, envs]) * ~beyond
         return SequenceSamples(
             self._to_torch(self._normalize_obs(observations, env)),
             self.to_torch(self.actions[times, envs]),
             self.to_torch(self._normalize_reward(rewards, env)),
             self.to_torch(ended) > 0.5,
+            lengths=self.to_torch(lengths) if partial else None,
         )
+
+    def _steps_left(self, start: np.ndarray, env: np.ndarray, most: int) -> np.ndarray:
+        """Count the steps from (start, env) to the end of the episode or of what is stored, (B,), up to `most`."""
+        offset = (start - self._oldest) % self.buffer_size
+        counts = np.arange(1, most + 1)[:, None]
+        fits = (offset < self._offsets(counts)) & self._is_window(offset, env, counts)  # (most, B)
+        return fits.sum(0)
 
     def _relabel(self, observations: Any, rewards: np.ndarray, times: np.ndarray, envs: np.ndarray, rng: Any) -> None:
         """Change windows in place before they are normalised; only hindsight replay does."""

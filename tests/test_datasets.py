@@ -145,6 +145,23 @@ def test_windows_are_consecutive_steps_of_one_episode_and_uniform(dataset):
     assert len(seen) == 25 and min(seen.values()) > 170 and max(seen.values()) < 310
 
 
+def test_partial_windows_begin_at_every_step_and_go_as_far_as_the_episode(dataset):
+    episodes, horizon, seen = [padded(e) for e in make_episodes()], 5, set()
+    windows = dataset.sample_windows(2000, horizon, np.random.default_rng(0), partial=True)
+    for b, length in enumerate(windows.lengths.tolist()):
+        number, step = divmod(int(windows.rewards[0, b]), 1000)
+        episode = episodes[number]
+        assert length == min(horizon, len(episode.rewards) - step)
+        last = [*range(step, step + length), *[step + length] * (horizon - length + 1)]
+        assert np.array_equal(windows.observations[:, b], episode.observations[last])
+        assert np.array_equal(windows.actions[:length, b], episode.actions[step : step + length])
+        assert np.array_equal(windows.rewards[:length, b], episode.rewards[step : step + length])
+        ends = episode.terminated and step + length == len(episode.rewards)
+        assert windows.terminated[:, b].tolist() == [ends and t == length - 1 for t in range(horizon)]
+        seen.add((number, step))
+    assert len(seen) == dataset.num_steps
+
+
 def test_longest_window_is_the_longest_episode_up_to_the_limit(dataset):
     assert [dataset.longest_window(n) for n in (1, 5, 12, 50)] == [1, 5, 12, 12]
     assert dataset.of_tasks("turn").longest_window(50) == 12
@@ -159,7 +176,8 @@ def test_equal_generators_draw_equal_windows_from_memory_and_disk(tmp_path):
     dataset = OfflineDataset(make_episodes(), TASKS)
     dataset.save(tmp_path / "data")
     mapped = OfflineDataset.load(tmp_path / "data")
-    for a, b in zip(*(d.sample_windows(50, 4, np.random.default_rng(3)) for d in (dataset, mapped)), strict=True):
+    pair = (d.sample_windows(50, 4, np.random.default_rng(3), partial=True) for d in (dataset, mapped))
+    for a, b in zip(*pair, strict=True):
         assert torch.equal(a, b)
 
 

@@ -66,14 +66,14 @@ def test_nothing_is_earned_after_a_fall(module: Any):
     assert 5 < last < 79 and not rewards[last + 1 :].any()
 
 
-def test_windows_lead_to_where_their_last_step_led_and_cross_no_end(module: Any):
-    experience = module("ground_truth_gradients").Experience("Hopper-v5", steps=60, num_envs=2, seed=0)
-    assert experience._ends.any()
-    windows = experience.sample_windows(64, 3, np.random.default_rng(0))
-    assert windows.observations.shape == (4, 64, 11) and windows.actions.shape == (3, 64, 3)
-    assert not windows.terminated[:-1].any() and windows.terminated[-1].any()
-    fallen = windows.observations[-1][windows.terminated[-1]]
-    assert ((fallen[:, 0] < 0.7) | (fallen[:, 1].abs() > 0.2)).all(), "the state of the fall, not of the reset after it"
+def test_experience_is_cut_into_episodes_that_lead_to_where_their_last_step_led(module: Any):
+    experience = module("ground_truth_gradients").collect("Hopper-v5", steps=60, num_envs=2, seed=0)
+    assert experience.num_steps == 120 and (experience.observation_dim, experience.action_dim) == (11, 3)
+    assert experience.terminated.sum() == len(experience) - 2, "the last of each env was still running"
+    for episode in experience:
+        heights, angles = episode.observations[:, 0], np.abs(episode.observations[:, 1])
+        fallen = (heights < 0.7) | (angles > 0.2)
+        assert not fallen[:-1].any() and fallen[-1] == episode.terminated, "of the fall, not of the reset after it"
 
 
 def test_the_wall_has_no_slope_and_the_smoothed_truth_has_one(module: Any):

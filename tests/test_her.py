@@ -144,6 +144,18 @@ def test_a_relabelled_window_has_one_goal_and_the_rewards_for_it(n_envs: int):
     assert (windows.rewards[:, 8:] == -7).all()
 
 
+def test_partial_windows_are_relabelled_up_to_their_episodes_end():
+    buffer = make()
+    fill(buffer, episode=1, steps=6)
+    fill(buffer, episode=2, steps=3, end=False)  # has no goals yet
+    windows = buffer.sample_windows(50, 4, np.random.default_rng(0), partial=True)
+    achieved, desired = (windows.observations[key][..., 0] for key in ("achieved_goal", "desired_goal"))
+    assert (desired == desired[0]).all()
+    assert set(achieved[0].tolist()) == {100, 101, 102, 103, 104, 105}
+    assert torch.equal(windows.lengths, (106 - achieved[0]).clamp(max=4).long())
+    torch.testing.assert_close(windows.rewards[:, :40], (achieved[1:] + 1000.0 * desired[1:])[:, :40])
+
+
 @pytest.mark.parametrize("n_sampled_goal, relabelled", [(0, 0), (1, 10), (3, 15), (4, 16), (6, 17)])
 def test_share_of_relabelled_windows_and_starts_is_that_of_sb3(n_sampled_goal: int, relabelled: int):
     buffer = make(n_sampled_goal=n_sampled_goal)

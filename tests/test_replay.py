@@ -154,6 +154,41 @@ def test_windows_cross_neither_an_episodes_end_nor_the_write_position(
             assert seen == expected  # nothing else, and nothing left out
 
 
+@pytest.mark.parametrize(("space", "kwargs"), [(BOX, {}), (BOX, COMPACT), (DICT, {})], ids=["plain", "compact", "dict"])
+def test_partial_windows_begin_at_every_step_and_go_as_far_as_there_is(
+    space: spaces.Space, kwargs: dict[str, bool]
+) -> None:
+    ends = ("terminated", "reset") if kwargs else ("terminated", "truncated", "reset")
+    for seed in range(4):
+        world, buffer = World(seed, 2, longest=2 + 2 * seed, ends=ends), make(13 + seed, 2, space, **kwargs)
+        for steps in (5, 8 + seed, 9, 40):
+            world.fill(buffer, steps)
+            windows = buffer.sample_windows(2000, 4, rng(seed), partial=True)
+            observations: Any = windows.observations
+            if isinstance(observations, dict):
+                observations = torch.cat([observations["who"], observations["step"].float()], -1)
+            seen = set()
+            for length in range(1, 5):
+                own = windows.lengths == length
+                stacks = (observations[: length + 1], *(x[:length] for x in windows[1:4]))
+                starts = world.check(SequenceSamples(*(x[:, own] for x in stacks)), length)
+                assert length == 4 or not starts & world.starts(buffer, length + 1), "it was cut too early"
+                assert (observations[length:, own] == observations[length, own]).all()
+                assert not windows.terminated[length:, own].any()
+                seen |= starts
+            assert seen == world.starts(buffer, 1)
+
+
+def test_partial_windows_end_at_the_write_position_where_one_episode_fills_the_ring() -> None:
+    buffer = make(10)
+    for t in range(25):
+        add(buffer, t, t + 1)
+    windows = buffer.sample_windows(200, 4, rng(), partial=True)
+    first = windows.observations[0, :, 0]
+    assert torch.equal(windows.lengths, (25 - first).clamp(max=4).long())
+    assert torch.equal(windows.observations[-1, :, 0], (first + 4).clamp(max=25))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_windows_are_time_first(batch_size: int, horizon: int) -> None:

@@ -167,6 +167,36 @@ def test_each_window_can_have_a_task_of_its_own() -> None:
     torch.testing.assert_close(together, (first + second) / 2)
 
 
+def test_steps_after_a_windows_last_count_for_nothing() -> None:
+    model, lengths = plannable(), torch.tensor([3, 2])
+    model.expect_termination()
+    observations, actions, rewards, terminated = windows(3, 2)
+    terminated[1, 1] = True
+
+    def score(observations: Tensor, rewards: Tensor) -> dict[str, float]:
+        learner, batch = PlanningLearner(model, seed=3), (observations, actions, rewards, terminated)
+        parts = world_model_loss(model, *batch, 0.5, planning=learner, lengths=lengths)[1]
+        return {name: part.item() for name, part in parts.items()}
+
+    found = score(observations, rewards)
+    after = observations.clone(), rewards.clone()
+    after[0][3, 1], after[1][2, 1] = 5.0, -9.0
+    assert score(*after) == found
+    after[0][2, 1] = 5.0  # where the last step that counts led
+    assert score(*after)["consistency_loss"] != found["consistency_loss"]
+
+
+def test_windows_of_several_lengths_are_averaged_with_zeros_after_their_ends() -> None:
+    model = make().double()
+    model.expect_termination()
+    observations, *steps = windows(3, 2)
+    together = world_model_loss(model, observations, *steps, 0.5, lengths=torch.tensor([3, 2]))[1]
+    long = world_model_loss(model, observations[:, :1], *(x[:, :1] for x in steps), 0.5)[1]
+    short = world_model_loss(model, observations[:3, 1:], *(x[:2, 1:] for x in steps), 0.5)[1]
+    for name in ("reward_loss", "consistency_loss", "termination_loss"):  # each a mean over its own 3 or 2 steps
+        torch.testing.assert_close(together[name], (long[name] + short[name] * 2 / 3) / 2)
+
+
 # Values and policy prior
 
 
@@ -205,8 +235,8 @@ def test_value_loss_is_the_cross_entropy_to_the_one_step_target() -> None:
         goes_on = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
         target = rewards + torch.tensor([0.5, 0.9], dtype=torch.float64) * goes_on * bootstrap
         logits = model.q_logits(latents, actions, task)
-        members = [two_hot_cross_entropy(x, target, model.config.vmin, model.config.vmax).mean(1) for x in logits]
-    assert loss.shape == (3,)
+        members = [two_hot_cross_entropy(x, target, model.config.vmin, model.config.vmax) for x in logits]
+    assert loss.shape == (3, 2)
     torch.testing.assert_close(loss, torch.stack(members).mean(0))
 
 
@@ -216,7 +246,7 @@ def test_values_add_a_tenth_of_their_discounted_loss() -> None:
     total, more, _ = world_model_loss(model, *batch, 0.5, planning=PlanningLearner(model, seed=1))
     targets = model.encode(batch[0][1:])
     steps = PlanningLearner(model, seed=1).value_loss(latents[:-1], *batch[1:], targets)
-    expected = (steps[0] + steps[1] / 2 + steps[2] / 4) / 3
+    expected = (steps[0] + steps[1] / 2 + steps[2] / 4).mean() / 3
     assert more["value_loss"].item() == pytest.approx(expected.item())
     assert total.item() == pytest.approx(alone.item() + 0.1 * expected.item())
     assert parts.keys() | {"value_loss"} == more.keys()
@@ -239,6 +269,17 @@ def test_prior_climbs_the_values_and_nothing_else_changes_but_the_targets() -> N
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name]) == (not name.startswith(("policy_prior", "value.target"))), name
+
+
+def test_prior_learns_nothing_from_latents_after_a_windows_last() -> None:
+    models = [plannable() for _ in range(2)]
+    latents = torch.rand(4, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = latents.clone()
+    other[3, 1] = 0.5  # after two steps there are three latents
+    for model, z in zip(models, (latents, other), strict=True):
+        PlanningLearner(model, seed=0).update_prior(z, 0.5, lengths=torch.tensor([3, 2]))
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_scale_follows_the_spread_of_the_first_steps_values() -> None:
@@ -439,9 +480,10 @@ def test_rewards_and_latents_of_a_linear_system_are_learned(regularizer: str, le
     assert metrics["reward_loss"] < 0.75 * math.log(21)
 
 
-def test_ends_of_episodes_are_learned() -> None:
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_ends_of_episodes_are_learned_as_seen_from_the_step_before(horizon: int) -> None:
     model, replay = make(num_bins=21), collect(400, terminates=True)
-    metrics = fit_world_model(model, replay, 200, batch_size=64, horizon=1, learning_rate=3e-3, seed=0)
+    metrics = fit_world_model(model, replay, 200, batch_size=64, horizon=horizon, learning_rate=3e-3, seed=0)
     batch = replay.sample_windows(500, 1, np.random.default_rng(1))
     with torch.no_grad():
         arrived = model.next(model.encode(batch.observations[0]), batch.actions[0])

@@ -7,7 +7,7 @@ then taken within a task, and losses summed over tasks, so that each policy gets
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from stable_baselines3.common.utils import polyak_update
@@ -31,6 +31,7 @@ __all__ = [
 
 
 CRITIC_MAX_GRAD_NORM = 100.0  # as in PWM
+_ROWS = 512  # of which target values are computed at once: all need more memory than the rollout's graph did
 
 
 class Policy(Protocol):
@@ -48,8 +49,8 @@ class Policy(Protocol):
 class Rollout(NamedTuple):
     """H differentiable steps of B envs under the current policy, time first."""
 
-    observations: Tensor  # (H, B, Z), what the policy acted on
-    next_observations: Tensor  # (H, B, Z), where each step led, before any reset
+    observations: tuple[Tensor, ...]  # H times (B, Z), what the policy acted on; not stacked, which would copy them
+    next_observations: tuple[Tensor, ...]  # H times (B, Z), where each step led, before any reset
     rewards: Tensor  # (H, B)
     continues: Tensor  # (H, B), in [0, 1]: probability that the episode goes on after the step
     ends: Tensor  # (H, B), bool: last step of its segment
@@ -60,7 +61,13 @@ class Rollout(NamedTuple):
 
     def by_task(self, count: int) -> Rollout:
         """View the envs as `count` tasks of as many envs each: (H, B, ...) as (H, K, B, ...)."""
-        return Rollout(*(x.unflatten(1, (count, -1)) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+
+        def view(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(step.unflatten(0, (count, -1)) for step in x)
+            return x.unflatten(1, (count, -1)) if isinstance(x, Tensor) else x
+
+        return Rollout(*map(view, self))
 
 
 class ActorCritic(NamedTuple):
@@ -106,6 +113,8 @@ def rollout(
         detach_input: Hide the latents' gradient from the actor, so that it only learns through its actions' effects.
             The reference does so; passing the gradient learned better here.
     """
+    acted_on: list[Tensor] = []
+    led_to: list[Tensor] = []
     columns: list[tuple[Tensor, ...]] = []
     norms: list[Tensor] = []
     interrupted = False
@@ -115,18 +124,20 @@ def rollout(
             noise = actor.sample_noise(env.num_envs, generator)
         actions, entropy = actor(seen, noise)  # (B, A), (B,)
         following, rewards, terminated, truncated, infos = env.step(_to_action_space(env, actions))
-        led_to = following
+        acted_on.append(observations)
+        led_to.append(following)
         if "final_obs" in infos:
-            led_to = torch.where(infos["_final_obs"].unsqueeze(-1), infos["final_obs"], following)
+            led_to[-1] = torch.where(infos["_final_obs"].unsqueeze(-1), infos["final_obs"], following)
             interrupted |= t < horizon - 1
         finished = terminated | truncated
         ends = finished if t < horizon - 1 else torch.ones_like(terminated)
-        columns.append((observations, led_to, rewards, infos["continue_prob"], ends, entropy, finished))
+        columns.append((rewards, infos["continue_prob"], ends, entropy, finished))
         if "jacobian_norm" in infos:
             norms.append(infos["jacobian_norm"])
         observations = following
-    stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
-    return Rollout(*stacked, torch.stack(norms) if norms else None, interrupted)  # type: ignore[arg-type, call-arg]
+    rewards, continues, last, entropies, done = (torch.stack(column) for column in zip(*columns, strict=True))
+    stiffness = torch.stack(norms) if norms else None
+    return Rollout((*acted_on,), (*led_to,), rewards, continues, last, entropies, done, stiffness, interrupted)
 
 
 def rollout_returns(window: Rollout, critic: nn.Module, gamma: float, bootstrap_discount: float = 1.0) -> Tensor:
@@ -225,7 +236,9 @@ def _clip(module: nn.Module, max_norm: float) -> Tensor:
 @torch.no_grad()
 def critic_targets(window: Rollout, critic: nn.Module, gamma: float, td_lambda: float) -> Tensor:
     """Compute TD(λ) targets, (H, B), from the ensemble's minimum (PWM, eq. 5; see `td_lambda_returns`)."""
-    next_values = critic(window.next_observations).amin(0)  # (H, B)
+    steps = max(1, _ROWS // window.rewards[0].numel())
+    parts = (window.next_observations[t : t + steps] for t in range(0, len(window.rewards), steps))
+    next_values = torch.cat([critic(torch.stack(part)).amin(0) for part in parts])  # (H, B)
     return td_lambda_returns(window.rewards, next_values, window.ends, gamma, td_lambda, window.continues)
 
 
@@ -239,7 +252,7 @@ def _pick(x: Tensor, rows: Tensor) -> Tensor:
 def fit_critic(
     critic: nn.Module,
     optimizer: torch.optim.Optimizer,
-    observations: Tensor,
+    observations: Sequence[Tensor],
     targets: Tensor,
     epochs: int,
     minibatches: int,
@@ -251,7 +264,7 @@ def fit_critic(
     Args:
         critic: V.
         optimizer: The critic's.
-        observations: (H, B, Z).
+        observations: H times (B, Z).
         targets: (H, B).
         epochs: Passes over the rollout.
         minibatches: Minibatches in a pass.
@@ -262,7 +275,8 @@ def fit_critic(
         Metrics, () each; (K,) for K tasks.
     """
     lead = targets.ndim - 2  # 1 where there is an axis of tasks, else 0
-    inputs, goals = (x.detach().movedim(0, lead).flatten(lead, lead + 1) for x in (observations, targets))
+    stacked = torch.stack([z.detach() for z in observations])  # (H, B, Z)
+    inputs, goals = (x.movedim(0, lead).flatten(lead, lead + 1) for x in (stacked, targets.detach()))
     count, device = goals.shape[-1], goals.device  # H B rows, (H B, Z) and (H B,), of each task
     losses = []
     for _ in range(epochs):

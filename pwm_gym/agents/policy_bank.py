@@ -104,8 +104,10 @@ class _Windows:
         rng: np.random.Generator | None = None,
         normalizer: VecNormalize | None = None,
         /,
+        *,
+        partial: bool = False,
     ) -> SequenceSamples:
-        windows = self._dataset.sample_windows(batch_size, horizon, rng, normalizer)
+        windows = self._dataset.sample_windows(batch_size, horizon, rng, normalizer, partial=partial)
         if self._ids is None:
             return windows
         widths = self._config.observation_dim, self._config.action_dim

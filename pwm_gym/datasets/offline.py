@@ -258,6 +258,7 @@ class OfflineDataset:
         rng: np.random.Generator | None = None,
         normalizer: VecNormalize | None = None,
         part: slice | None = None,
+        partial: bool = False,
     ) -> SequenceSamples:
         """Sample windows of `horizon` steps and `horizon` + 1 observations, uniformly from all inside one episode.
 
@@ -267,6 +268,7 @@ class OfflineDataset:
             rng: Generator to draw with; None for NumPy's global one.
             normalizer: Normalises observations and rewards where the agent's env is a `VecNormalize`.
             part: Of the B windows drawn, those to read, for processes that share a batch; None for all.
+            partial: Windows may begin at any step, so that an episode's last one is seen at each place in a window.
 
         Returns:
             The windows, on the dataset's device; `task` is None for a dataset of one task.
@@ -274,16 +276,18 @@ class OfflineDataset:
         Raises:
             ValueError: If no episode is that long.
         """
-        index, step = self._draw(batch_size, horizon, rng)
+        index, step = self._draw(batch_size, 1 if partial else horizon, rng)
         if part is not None:
             index, step = index[part], step[part]
         store, episodes = self._store, self._episodes[index]
         first = store.first_step[episodes] + step  # (B,)
-        observations: Any = store.windows("observations", first + episodes, horizon + 1)[..., : self.observation_dim]
-        actions = store.windows("actions", first, horizon)[..., : self.action_dim]  # (H, B, A)
-        rewards = store.windows("rewards", first, horizon)  # (H, B)
-        terminated = np.zeros((horizon, len(index)), bool)
-        terminated[-1] = store.terminated[episodes] & (step + horizon == self._lengths[index])
+        own = np.minimum(self._lengths[index] - step, horizon)  # (B,)
+        observations: Any = store.windows("observations", first + episodes, horizon + 1, own + 1)
+        observations = observations[..., : self.observation_dim]  # (H + 1, B, O)
+        actions = store.windows("actions", first, horizon, own)[..., : self.action_dim]  # (H, B, A)
+        rewards = store.windows("rewards", first, horizon, own)  # (H, B)
+        last = store.terminated[episodes] & (step + own == self._lengths[index])
+        terminated = last & (np.arange(1, horizon + 1)[:, None] == own)  # (H, B)
         if normalizer is not None:
             observations = np.asarray(normalizer.normalize_obs(observations), np.float32)
             rewards = np.asarray(normalizer.normalize_reward(rewards), np.float32)
@@ -293,6 +297,7 @@ class OfflineDataset:
             torch.as_tensor(rewards, device=self.device),
             torch.as_tensor(terminated, device=self.device),
             torch.as_tensor(self._tasks[index], device=self.device) if len(self.tasks) > 1 else None,
+            torch.as_tensor(own, device=self.device) if partial else None,
         )
 
     def sample_starts(self, batch_size: int, rng: np.random.Generator | None = None, physics: bool = False) -> Starts:
@@ -315,7 +320,8 @@ class OfflineDataset:
         index, step = self._draw(batch_size, 1, rng)
         episodes = self._episodes[index]
         rows = self._store.first_step[episodes] + episodes + step
-        return Starts(self._store.windows("observations", rows, 1)[0, :, : self.observation_dim])
+        observations = self._store.windows("observations", rows, 1, np.ones(batch_size, np.int64))[0]
+        return Starts(observations[:, : self.observation_dim])
 
     # Files
 

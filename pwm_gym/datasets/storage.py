@@ -156,25 +156,29 @@ class Store:
         """Whether the arrays are mapped from files."""
         return bool(self._files)
 
-    def windows(self, name: str, first: np.ndarray, count: int) -> np.ndarray:
+    def windows(self, name: str, first: np.ndarray, count: int, own: np.ndarray) -> np.ndarray:
         """Gather rows first[b] to first[b] + count of "observations", "actions" or "rewards", (count, B, *row).
+
+        Of these only the first own[b] are read, (B,) in [1, count]; the last of them is repeated in the others' place.
 
         Files are read rather than touched through their maps: that takes what is asked for and no pages around it, and
         leaves no memory in use. All reads are announced first, so that the disk can serve them side by side.
         """
         array = getattr(self, name)
         if name not in self._files:
-            return array[first + np.arange(count)[:, None]]
+            return array[first + np.minimum(np.arange(count)[:, None], own - 1)]
         file = self._files[name]
         rows = np.empty((len(first), count, *array.shape[1:]), array.dtype)
-        size = rows[0].nbytes
-        offsets = (file.start + first * array[:1].nbytes).tolist()
+        width = array[:1].nbytes
+        reads = list(zip(rows, own.tolist(), (file.start + first * width).tolist(), strict=True))
         if hasattr(os, "posix_fadvise"):  # not on macOS
-            for offset in offsets:
-                os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-        read = sum(os.preadv(file.descriptor, [row], offset) for row, offset in zip(rows, offsets, strict=True))
-        if read != rows.nbytes:
-            raise ValueError(f"expected {rows.nbytes} bytes of {name!r}, got {read}. Was the file changed?")
+            for _, length, offset in reads:
+                os.posix_fadvise(file.descriptor, offset, length * width, os.POSIX_FADV_WILLNEED)
+        read = sum(os.preadv(file.descriptor, [row[:length]], offset) for row, length, offset in reads)
+        if read != own.sum() * width:
+            raise ValueError(f"expected {own.sum() * width} bytes of {name!r}, got {read}. Was the file changed?")
+        for row, length, _ in reads:
+            row[length:] = row[length - 1]
         return np.ascontiguousarray(rows.swapaxes(0, 1))
 
     def count_read(self, size: int) -> None:

@@ -122,6 +122,7 @@ def world_model_loss(
     rho: float,
     task: int | Tensor | None = None,
     planning: PlanningLearner | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Score an open-loop unroll of the model against a batch of real windows.
 
@@ -130,7 +131,8 @@ def world_model_loss(
             + mean_t BCE(T(z_{t+1}), end_t)
 
     TD-MPC2 (arXiv:2310.16828, eq. 3); |.|² is a mean over features. V_t is `PlanningLearner.value_loss`, where one is
-    given. The termination term is not discounted by ρ: the end of an episode can only be a window's last step.
+    given. Steps after a window's last one count as 0 in the means over windows. The termination term is not discounted
+    by ρ: an end is as certain at the last step as at the first.
 
     Args:
         world_model: The model.
@@ -141,6 +143,7 @@ def world_model_loss(
         rho: Weight ρ of later steps, in (0, 1].
         task: Index of the task, or one for each window, (B,).
         planning: Learner of values and policy prior; None to leave them out, as PWM does.
+        lengths: Steps of each window, (B,); None where all have H.
 
     Returns:
         The loss, a scalar; its parts without gradient; and the unroll z_0, ..., z_H, (H + 1, B, Z).
@@ -155,18 +158,23 @@ def world_model_loss(
         latents.append(world_model.next(latents[-1], actions[t], task))
     unrolled = torch.stack(latents).to(rewards.dtype)  # (H + 1, B, Z); not so already under autocast
 
-    consistency = (unrolled[1:] - targets).square().mean((1, 2))  # (H,)
-    reward = world_model.reward_loss(unrolled[:-1], actions, rewards, task).mean(1)  # (H,)
+    valid = None if lengths is None else torch.arange(horizon, device=lengths.device).unsqueeze(1) < lengths  # (H, B)
+
+    def average(x: Tensor) -> Tensor:
+        return (x if valid is None else x * valid).mean(1)  # (H,) from (H, B)
+
+    consistency = average((unrolled[1:] - targets).square().mean(2))  # (H,)
+    reward = average(world_model.reward_loss(unrolled[:-1], actions, rewards, task))  # (H,)
     consistency_loss, reward_loss = (weights * consistency).sum(), (weights * reward).sum()
     loss = CONSISTENCY_COEF * consistency_loss + REWARD_COEF * reward_loss
     metrics = {"consistency_loss": consistency_loss.detach(), "reward_loss": reward_loss.detach()}
     if world_model.predicts_termination:
-        termination_loss = world_model.termination_loss(unrolled[1:], terminated, task).mean()
+        termination_loss = average(world_model.termination_loss(unrolled[1:], terminated, task)).mean()
         loss = loss + TERMINATION_COEF * termination_loss
         metrics["termination_loss"] = termination_loss.detach()
     if planning is not None:
-        value = planning.value_loss(unrolled[:-1], actions, rewards, terminated, targets, task)  # (H,)
-        value_loss = (weights * value).sum()
+        value = planning.value_loss(unrolled[:-1], actions, rewards, terminated, targets, task)  # (H, B)
+        value_loss = (weights * average(value)).sum()
         loss = loss + VALUE_COEF * value_loss
         metrics["value_loss"] = value_loss.detach()
     metrics["model_loss"] = loss.detach()
@@ -187,12 +195,23 @@ class ModelLoss(nn.Module):
         self.world_model, self._rho, self._planning = world_model, rho, planning
 
     def forward(
-        self, observations: Tensor, actions: Tensor, rewards: Tensor, terminated: Tensor, task: Tensor | None
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminated: Tensor,
+        task: Tensor | None,
+        lengths: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Score windows; arguments and result are those of `world_model_loss`."""
         return world_model_loss(
-            self.world_model, observations, actions, rewards, terminated, self._rho, task, self._planning
+            self.world_model, observations, actions, rewards, terminated, self._rho, task, self._planning, lengths
         )
+
+
+def _rows_of(lengths: Tensor, count: int) -> Tensor:
+    """Tell which of `count` observations of each window are no repetition of its last, (count B,), bool."""
+    return (torch.arange(count, device=lengths.device).unsqueeze(1) <= lengths).flatten()
 
 
 def update_world_model(
@@ -232,17 +251,21 @@ def update_world_model(
             f"count other observations in each of {ranks.size}. Train it in one process."
         )
     length = replay.longest_window(horizon) or min(horizon, 1)  # an empty replay is what the error is then about
-    windows = replay.sample_windows(batch_size, length, rng, normalizer)
+    # Where episodes terminate, their last steps have to be seen at each depth of the unroll: a model that is shown them
+    # at its end alone doesn't foresee them. Elsewhere there is nothing to learn from windows that are cut short.
+    windows = replay.sample_windows(batch_size, length, rng, normalizer, partial=world_model.predicts_termination)
     world_model.train()
     seen: Any = windows.observations
     seen = {k: v.flatten(0, 1) for k, v in seen.items()} if isinstance(seen, dict) else seen.flatten(0, 1)
-    world_model.count(seen)
+    if world_model.normalizer is not None:
+        once = slice(None) if windows.lengths is None else _rows_of(windows.lengths, length + 1)
+        world_model.count({k: v[once] for k, v in seen.items()} if isinstance(seen, dict) else seen[once])
     observations = world_model.preprocess(seen).unflatten(0, (length + 1, -1))  # (H + 1, B, O)
     if not world_model.predicts_termination and world_model.termination_head is not None:
         ended = bool(windows.terminated.any())
         if ended if ranks is None else ranks.any(ended):
             world_model.expect_termination()
-    task = None if windows.task is None else windows.task.to(world_model.device)  # (B,)
+    task, lengths = (x if x is None else x.to(world_model.device) for x in (windows.task, windows.lengths))  # (B,)
     loss = ModelLoss(world_model, rho, planning) if make_loss is None else make_loss()
     score, metrics, latents = loss(
         observations,
@@ -250,13 +273,14 @@ def update_world_model(
         windows.rewards.to(world_model.device, world_model.dtype),
         windows.terminated.to(world_model.device),
         task,
+        lengths,
     )
     optimizer.zero_grad(set_to_none=True)
     score.backward()
     metrics["model_grad_norm"] = clip_gradients(world_model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     if planning is not None:
-        metrics |= planning.update_prior(latents, rho, task)
+        metrics |= planning.update_prior(latents, rho, task, lengths)
     world_model.eval()
     return metrics
 

@@ -109,7 +109,7 @@ class PlanningLearner:
             task: As in `WorldModel.encode`.
 
         Returns:
-            The loss of each step, (H,).
+            The loss of each step of each window, (H, B).
         """
         model = self._model
         with torch.no_grad():
@@ -118,7 +118,7 @@ class PlanningLearner:
             targets = rewards + model.discount(task) * ~terminated * bootstrap  # (H, B)
         logits = model.q_logits(latents, actions, task)  # (E, H, B, num_bins)
         config = model.config
-        return two_hot_cross_entropy(logits, targets.expand(logits.shape[:-1]), config.vmin, config.vmax).mean((0, 2))
+        return two_hot_cross_entropy(logits, targets.expand(logits.shape[:-1]), config.vmin, config.vmax).mean(0)
 
     def _noise(self, z: Tensor) -> Tensor:
         """Draw the noise of actions at z, (T, B, Z): (T, B, A), this process's part of what all draw."""
@@ -127,7 +127,9 @@ class PlanningLearner:
         noise = torch.randn(shape, generator=self._generator, dtype=z.dtype, device=z.device)
         return noise[:, self._ranks.part(shape[1])]
 
-    def update_prior(self, latents: Tensor, rho: float, task: int | Tensor | None = None) -> dict[str, Tensor]:
+    def update_prior(
+        self, latents: Tensor, rho: float, task: int | Tensor | None = None, lengths: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Take one gradient step on the policy prior, and move the target values.
 
             L = -1/(H+1) Σ_t ρ^t mean_B [Q(z_t, a_t) / S + α H_t],    a_t ~ π(z_t)
@@ -139,6 +141,7 @@ class PlanningLearner:
             latents: z_t, (H + 1, B, Z); no gradient goes into them.
             rho: Weight ρ of later steps, in (0, 1].
             task: As in `WorldModel.encode`.
+            lengths: Steps of each window, (B,), after which its latents don't count; None where all have H.
 
         Returns:
             The loss and what it is made of, without gradient.
@@ -152,7 +155,10 @@ class PlanningLearner:
             self.scale.lerp_(spread.clamp(min=1.0).to(self.scale), self.tau)
             weights = rho ** torch.arange(len(q), dtype=q.dtype, device=q.device)  # (H + 1,)
             entropy = sample.entropy.to(q.dtype)
-            loss = -(weights * (self.entropy_coef * entropy + q / self.scale).mean(1)).mean()
+            worth = self.entropy_coef * entropy + q / self.scale  # (H + 1, B)
+            if lengths is not None:
+                worth = worth * (torch.arange(len(q), device=q.device).unsqueeze(1) <= lengths)
+            loss = -(weights * worth.mean(1)).mean()
             # Only the prior's gradients are computed: those of the values' weights are not part of this loss.
             gradients = torch.autograd.grad(loss, self._parameters)
         ranks.mean_(gradients)

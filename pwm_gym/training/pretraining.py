@@ -120,8 +120,10 @@ class _FiniteWindows:
         rng: np.random.Generator | None = None,
         normalizer: VecNormalize | None = None,
         /,
+        *,
+        partial: bool = False,
     ) -> SequenceSamples:
-        windows = self._dataset.sample_windows(batch_size, horizon, rng, normalizer, self._part)
+        windows = self._dataset.sample_windows(batch_size, horizon, rng, normalizer, self._part, partial=partial)
         for name in ("observations", "actions", "rewards"):
             finite = torch.isfinite(getattr(windows, name)).flatten(2 if name != "rewards" else 1)
             finite = finite.all(-1) if name != "rewards" else finite

@@ -120,8 +120,8 @@ def test_one_step_return_and_its_gradient():
 
 def test_three_step_returns_and_targets():
     _, window = run(Line([1.0, 2.0]), 3)
-    assert window.observations.squeeze(-1).tolist() == [[1.0, 2.0], [0.5, 1.0], [0.25, 0.5]]
-    assert window.next_observations.squeeze(-1).tolist() == [[0.5, 1.0], [0.25, 0.5], [0.125, 0.25]]
+    assert torch.cat(window.observations, -1).t().tolist() == [[1.0, 2.0], [0.5, 1.0], [0.25, 0.5]]
+    assert torch.cat(window.next_observations, -1).t().tolist() == [[0.5, 1.0], [0.25, 0.5], [0.125, 0.25]]
     assert window.rewards.tolist() == [[-1.25, -5.0], [-0.3125, -1.25], [-0.078125, -0.3125]]
     assert window.ends.tolist() == [[False, False], [False, False], [True, True]]
     assert window.continues.unique().tolist() == [1.0]
@@ -149,7 +149,7 @@ def test_three_step_returns_and_targets():
 def test_an_episode_that_ends_in_mid_window_is_a_segment_of_its_own(end: str, returned: float, targets: list[float]):
     _, window = run(Line([1.0, 2.0], **{end: [(1, 1)]}), 3)
     assert window.interrupted
-    assert window.next_observations.squeeze(-1).tolist() == [[0.5, 1.0], [0.25, 0.5], [0.125, 2.0]]
+    assert torch.cat(window.next_observations, -1).t().tolist() == [[0.5, 1.0], [0.25, 0.5], [0.125, 2.0]]
     assert window.observations[2].squeeze(-1).tolist() == [0.25, 4.0]
     assert window.ends.tolist() == [[False, False], [False, True], [True, True]]
     assert rollout_returns(window, Slopes(), GAMMA).tolist() == [-1.39453125, returned]
