@@ -193,7 +193,7 @@ def our_parts(agent: PWM, observations: Tensor, noise: Tensor) -> dict[str, Tens
     targets = critic_targets(window, target, agent.gamma, agent.td_lambda)
     gradient = [actor.log_std.grad, *(p.grad for p in [*actor.features.parameters(), *actor.mean.parameters()])]
     with torch.no_grad():
-        critic_loss = (value(torch.stack(window.observations)) - targets).square().mean()
+        critic_loss = (value(window.observations) - targets).square().mean()
     return {
         "actor_loss": metrics["actor_loss"],
         "actor_gradient": torch.cat([g.flatten() for g in gradient if g is not None]),

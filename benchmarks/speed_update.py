@@ -147,7 +147,7 @@ def gradients(agent: PWM, starts: Tensor, noise: Tensor, targets: Tensor) -> dic
     window = rollout(env, z, actor, HORIZON)
     returns = rollout_returns(window, agent.policy.critic_target.value, agent.gamma)
     of_actor = torch.autograd.grad(returns.mean(), list(actor.features.parameters()))
-    loss = (critic(torch.stack(window.observations).detach()) - targets).square().mean()
+    loss = (critic(window.observations) - targets).square().mean()
     of_critic = torch.autograd.grad(loss, list(critic.parameters()))
     parts = {"actor": of_actor, "critic": of_critic}
     return {name: torch.cat([gradient.flatten().double() for gradient in part]) for name, part in parts.items()}

@@ -7,6 +7,7 @@ then taken within a task, and losses summed over tasks, so that each policy gets
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,28 +47,36 @@ class Policy(Protocol):
         """Give actions in [-1, 1], (B, A), and -log π(a|z), (B,)."""
 
 
-class Rollout(NamedTuple):
-    """H differentiable steps of B envs under the current policy, time first."""
+@dataclass
+class Rollout:
+    """H steps of B envs under the current policy, time first. Rewards, entropy and `boundaries` have their graph."""
 
-    observations: tuple[Tensor, ...]  # H times (B, Z), what the policy acted on; not stacked, which would copy them
-    next_observations: tuple[Tensor, ...]  # H times (B, Z), where each step led, before any reset
+    observations: Tensor  # (H, B, Z), what the policy acted on
+    next_observations: Tensor  # (H, B, Z), where each step led, before any reset
+    boundaries: dict[int, Tensor]  # the same with its graph, (B, Z), of each step t that may end an env's segment
     rewards: Tensor  # (H, B)
     continues: Tensor  # (H, B), in [0, 1]: probability that the episode goes on after the step
     ends: Tensor  # (H, B), bool: last step of its segment
     entropy: Tensor  # (H, B), -log π(a|z)
     finished: Tensor  # (H, B), bool: the step terminated or truncated its episode
     stiffness: Tensor | None  # (H, B), infos["jacobian_norm"] where the env tells it
-    interrupted: bool  # whether a segment ends before the last row
 
     def by_task(self, count: int) -> Rollout:
         """View the envs as `count` tasks of as many envs each: (H, B, ...) as (H, K, B, ...)."""
 
         def view(x: Any) -> Any:
-            if isinstance(x, tuple):
-                return tuple(step.unflatten(0, (count, -1)) for step in x)
+            if isinstance(x, dict):
+                return {t: z.unflatten(0, (count, -1)) for t, z in x.items()}
             return x.unflatten(1, (count, -1)) if isinstance(x, Tensor) else x
 
-        return Rollout(*map(view, self))
+        return Rollout(*(view(getattr(self, field.name)) for field in fields(self)))
+
+    def detach_(self) -> None:
+        """Let go of the graph. Its nodes, small as they are, would keep what it held from being used again."""
+        self.boundaries = {}
+        for name in ("rewards", "continues", "entropy"):
+            setattr(self, name, getattr(self, name).detach())
+        self.stiffness = None if self.stiffness is None else self.stiffness.detach()
 
 
 class ActorCritic(NamedTuple):
@@ -113,31 +122,38 @@ def rollout(
         detach_input: Hide the latents' gradient from the actor, so that it only learns through its actions' effects.
             The reference does so; passing the gradient learned better here.
     """
-    acted_on: list[Tensor] = []
-    led_to: list[Tensor] = []
+    path: list[tuple[Tensor, Tensor]] = []
+    boundaries: dict[int, Tensor] = {}
     columns: list[tuple[Tensor, ...]] = []
     norms: list[Tensor] = []
-    interrupted = False
     for t in range(horizon):
         seen = observations.detach() if detach_input else observations
         if t == 0 or not actor.use_sde:  # gSDE keeps its exploration matrices for the whole rollout
             noise = actor.sample_noise(env.num_envs, generator)
         actions, entropy = actor(seen, noise)  # (B, A), (B,)
         following, rewards, terminated, truncated, infos = env.step(_to_action_space(env, actions))
-        acted_on.append(observations)
-        led_to.append(following)
+        led_to = following
         if "final_obs" in infos:
-            led_to[-1] = torch.where(infos["_final_obs"].unsqueeze(-1), infos["final_obs"], following)
-            interrupted |= t < horizon - 1
+            led_to = torch.where(infos["_final_obs"].unsqueeze(-1), infos["final_obs"], following)
+        if "final_obs" in infos or t == horizon - 1:
+            boundaries[t] = led_to
+        path.append((observations.detach(), led_to.detach()))
         finished = terminated | truncated
         ends = finished if t < horizon - 1 else torch.ones_like(terminated)
         columns.append((rewards, infos["continue_prob"], ends, entropy, finished))
         if "jacobian_norm" in infos:
             norms.append(infos["jacobian_norm"])
         observations = following
+    acted_on, led_to_each = zip(*path, strict=True)
+    if len(boundaries) == 1:  # each step led to where the next one began: one copy holds both
+        whole = torch.stack((*acted_on, led_to_each[-1]))  # (H + 1, B, Z)
+        seen, then = whole[:-1], whole[1:]
+    else:
+        seen, then = torch.stack(acted_on), torch.stack(led_to_each)
     rewards, continues, last, entropies, done = (torch.stack(column) for column in zip(*columns, strict=True))
     stiffness = torch.stack(norms) if norms else None
-    return Rollout((*acted_on,), (*led_to,), rewards, continues, last, entropies, done, stiffness, interrupted)
+    env.detach()  # the graph is the rollout's alone
+    return Rollout(seen, then, boundaries, rewards, continues, last, entropies, done, stiffness)
 
 
 def rollout_returns(window: Rollout, critic: nn.Module, gamma: float, bootstrap_discount: float = 1.0) -> Tensor:
@@ -163,11 +179,9 @@ def rollout_returns(window: Rollout, critic: nn.Module, gamma: float, bootstrap_
     for t in range(horizon):
         total = total + discount * window.rewards[t]
         discount = gamma * window.continues[t] * discount
-        if t == horizon - 1:
-            total = total + discount * bootstrap_discount * critic(window.next_observations[t]).amin(0)
-        elif window.interrupted:
+        if t in window.boundaries:
             ends = window.ends[t]
-            value = bootstrap_discount * critic(window.next_observations[t]).amin(0)
+            value = bootstrap_discount * critic(window.boundaries[t]).amin(0)
             total = torch.where(ends, total + discount * value, total)
             discount = torch.where(ends, torch.ones_like(discount), discount)
     return total
@@ -237,8 +251,7 @@ def _clip(module: nn.Module, max_norm: float) -> Tensor:
 def critic_targets(window: Rollout, critic: nn.Module, gamma: float, td_lambda: float) -> Tensor:
     """Compute TD(λ) targets, (H, B), from the ensemble's minimum (PWM, eq. 5; see `td_lambda_returns`)."""
     steps = max(1, _ROWS // window.rewards[0].numel())
-    parts = (window.next_observations[t : t + steps] for t in range(0, len(window.rewards), steps))
-    next_values = torch.cat([critic(torch.stack(part)).amin(0) for part in parts])  # (H, B)
+    next_values = torch.cat([critic(part).amin(0) for part in window.next_observations.split(steps)])  # (H, B)
     return td_lambda_returns(window.rewards, next_values, window.ends, gamma, td_lambda, window.continues)
 
 
@@ -252,7 +265,7 @@ def _pick(x: Tensor, rows: Tensor) -> Tensor:
 def fit_critic(
     critic: nn.Module,
     optimizer: torch.optim.Optimizer,
-    observations: Sequence[Tensor],
+    observations: Tensor,
     targets: Tensor,
     epochs: int,
     minibatches: int,
@@ -264,7 +277,7 @@ def fit_critic(
     Args:
         critic: V.
         optimizer: The critic's.
-        observations: H times (B, Z).
+        observations: (H, B, Z).
         targets: (H, B).
         epochs: Passes over the rollout.
         minibatches: Minibatches in a pass.
@@ -275,8 +288,7 @@ def fit_critic(
         Metrics, () each; (K,) for K tasks.
     """
     lead = targets.ndim - 2  # 1 where there is an axis of tasks, else 0
-    stacked = torch.stack([z.detach() for z in observations])  # (H, B, Z)
-    inputs, goals = (x.movedim(0, lead).flatten(lead, lead + 1) for x in (stacked, targets.detach()))
+    inputs, goals = (x.detach().movedim(0, lead).flatten(lead, lead + 1) for x in (observations, targets))
     count, device = goals.shape[-1], goals.device  # H B rows, (H B, Z) and (H B,), of each task
     losses = []
     for _ in range(epochs):
@@ -309,7 +321,7 @@ def improve_policy(
     """Improve an actor and then its critics from one rollout: SHAC's update, and PWM's but for the world model.
 
     Args:
-        window: The rollout, with its graph, which is freed.
+        window: The rollout, with its graph, which it loses.
         nets: What is improved.
         gamma: Discount γ.
         td_lambda: λ of the critic's targets.
@@ -333,6 +345,7 @@ def improve_policy(
         max_grad_norm,
         bootstrap_discount,
     )
+    window.detach_()
     targets = critic_targets(window, nets.target, gamma, td_lambda)
     metrics |= fit_critic(
         nets.critic,

@@ -268,7 +268,8 @@ class PolicyBank:
                 metrics = self._fit_model(lead)
                 with frozen(self.world_model):
                     window = rollout(self.env, self._begin(), self._actor, lead.horizon, detach_input=lead.detach_input)
-                metrics |= lead.update_policy(window.by_task(len(self.agents)), self._nets)
+                window = window.by_task(len(self.agents))
+                metrics |= lead.update_policy(window, self._nets)
                 self.updates += 1
         for name, value in metrics.items():
             if not bool(torch.isfinite(value).all()):

@@ -268,7 +268,7 @@ class SHAC(ResumableAlgorithm):
             critic_minibatches=self.critic_minibatches,
             max_grad_norm=self.max_grad_norm,
         )
-        policy.actor.normalizer.merge(torch.cat(window.observations).detach())
+        policy.actor.normalizer.merge(window.observations.flatten(0, 1))
         if self.horizon_max is not None and window.stiffness is not None:
             metrics |= self._adapt_horizon(window.stiffness.detach())
         metrics |= {"horizon": torch.tensor(float(len(window.rewards)))}

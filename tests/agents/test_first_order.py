@@ -120,13 +120,13 @@ def test_one_step_return_and_its_gradient():
 
 def test_three_step_returns_and_targets():
     _, window = run(Line([1.0, 2.0]), 3)
-    assert torch.cat(window.observations, -1).t().tolist() == [[1.0, 2.0], [0.5, 1.0], [0.25, 0.5]]
-    assert torch.cat(window.next_observations, -1).t().tolist() == [[0.5, 1.0], [0.25, 0.5], [0.125, 0.25]]
+    assert window.observations.squeeze(-1).tolist() == [[1.0, 2.0], [0.5, 1.0], [0.25, 0.5]]
+    assert window.next_observations.squeeze(-1).tolist() == [[0.5, 1.0], [0.25, 0.5], [0.125, 0.25]]
     assert window.rewards.tolist() == [[-1.25, -5.0], [-0.3125, -1.25], [-0.078125, -0.3125]]
     assert window.ends.tolist() == [[False, False], [False, False], [True, True]]
     assert window.continues.unique().tolist() == [1.0]
     assert window.entropy.unique().tolist() == [7.0]
-    assert not window.interrupted
+    assert [*window.boundaries] == [2]
     # J = -1.25 - γ 0.3125 - γ² 0.078125 + γ³ 0.25;  from x_0 = 2, rewards are 4 and values 2 times as large
     assert rollout_returns(window, Slopes(), GAMMA).tolist() == [-1.39453125, -5.640625]
     # λ = 1/2:  G_2 = -0.078125 + γ 0.25;  G_1 = -0.3125 + γ (0.5/2 + G_2/2);  G_0 = -1.25 + γ (1/2 + G_1/2)
@@ -148,8 +148,8 @@ def test_three_step_returns_and_targets():
 )
 def test_an_episode_that_ends_in_mid_window_is_a_segment_of_its_own(end: str, returned: float, targets: list[float]):
     _, window = run(Line([1.0, 2.0], **{end: [(1, 1)]}), 3)
-    assert window.interrupted
-    assert torch.cat(window.next_observations, -1).t().tolist() == [[0.5, 1.0], [0.25, 0.5], [0.125, 2.0]]
+    assert [*window.boundaries] == [1, 2]
+    assert window.next_observations.squeeze(-1).tolist() == [[0.5, 1.0], [0.25, 0.5], [0.125, 2.0]]
     assert window.observations[2].squeeze(-1).tolist() == [0.25, 4.0]
     assert window.ends.tolist() == [[False, False], [False, True], [True, True]]
     assert rollout_returns(window, Slopes(), GAMMA).tolist() == [-1.39453125, returned]
@@ -158,7 +158,7 @@ def test_an_episode_that_ends_in_mid_window_is_a_segment_of_its_own(end: str, re
 
 def test_an_end_in_the_last_step_is_bootstrapped_like_the_horizon():
     _, cut = run(Line([1.0], truncated=[(2, 0)]), 3)
-    assert not cut.interrupted
+    assert [*cut.boundaries] == [2]
     assert rollout_returns(cut, Slopes(), GAMMA).tolist() == [-1.39453125]
     _, terminated = run(Line([1.0], terminated=[(2, 0)]), 3)
     assert rollout_returns(terminated, Slopes(), GAMMA).tolist() == [-1.42578125]  # without γ³ 0.25
