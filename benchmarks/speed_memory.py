@@ -1,7 +1,7 @@
 """How much memory an update needs beyond what is there before it, in a process of its own.
 
-The first update of all isn't counted: moments of Adam and the libraries' buffers stay from then on. The heap's free
-pages are given back before the others, which would hide what those need.
+The first update of all isn't counted: moments of Adam and the libraries' buffers stay from then on. After it the heap's
+free pages are given back, because what later updates need would hide in them.
 """
 
 from __future__ import annotations

@@ -401,6 +401,17 @@ def test_updates_count_the_observations_of_their_windows() -> None:
     torch.testing.assert_close(model.normalizer.mean, seen.mean(0), atol=1e-4, rtol=0.0)
 
 
+def test_updates_count_an_observation_once_where_a_window_is_cut_short() -> None:
+    model, replay = make(normalize_observations=True), collect(60, terminates=True, episode=4)
+    model.expect_termination()
+    windows = replay.sample_windows(64, 3, np.random.default_rng(0), partial=True)
+    assert windows.lengths is not None and (windows.lengths < 3).any()
+    update_world_model(model, make_model_optimizer(model, 1e-3), replay, 64, 3, 0.5, np.random.default_rng(0))
+    seen = torch.cat([windows.observations[: n + 1, b] for b, n in enumerate(windows.lengths.tolist())])
+    assert float(model.normalizer.count) == pytest.approx(len(seen), abs=1e-2)
+    torch.testing.assert_close(model.normalizer.mean, seen.mean(0), atol=1e-3, rtol=0.0)
+
+
 def test_several_processes_do_not_train_a_normalising_model() -> None:
     model, ranks = make(normalize_observations=True), Ranks()
     ranks.size = 2
