@@ -71,6 +71,14 @@ class Rollout:
 
         return Rollout(*(view(getattr(self, field.name)) for field in fields(self)))
 
+    def survival(self) -> Tensor:
+        """Compute the chance that the episode reaches each step of its segment, C_k = Π_{j<k} c_j, (H, B), detached."""
+        chance, chances = torch.ones_like(self.continues[0]), []
+        for continues, ends in zip(self.continues.detach(), self.ends, strict=True):
+            chances.append(chance)
+            chance = torch.where(ends, torch.ones_like(chance), chance * continues)
+        return torch.stack(chances)
+
     def detach_(self) -> None:
         """Let go of the graph. Its nodes, small as they are, would keep what it held from being used again."""
         self.boundaries = {}
@@ -267,6 +275,7 @@ def fit_critic(
     optimizer: torch.optim.Optimizer,
     observations: Tensor,
     targets: Tensor,
+    weights: Tensor,
     epochs: int,
     minibatches: int,
     max_grad_norm: float,
@@ -274,11 +283,17 @@ def fit_critic(
 ) -> dict[str, Tensor]:
     """Regress every member of the critic on the targets, over shuffled minibatches.
 
+        L = mean_{t,b} C_t mean_e (V_e(z_t) - y_t)²
+
+    C is the chance that the episode got as far (`Rollout.survival`), as in DreamerV3 (arXiv:2301.04104): what a model
+    imagines beyond an end that it foresees has no value, and its latents are of no kind that data has.
+
     Args:
         critic: V.
         optimizer: The critic's.
         observations: (H, B, Z).
         targets: (H, B).
+        weights: C, (H, B).
         epochs: Passes over the rollout.
         minibatches: Minibatches in a pass.
         max_grad_norm: Gradient clip.
@@ -288,8 +303,10 @@ def fit_critic(
         Metrics, () each; (K,) for K tasks.
     """
     lead = targets.ndim - 2  # 1 where there is an axis of tasks, else 0
-    inputs, goals = (x.detach().movedim(0, lead).flatten(lead, lead + 1) for x in (observations, targets))
-    count, device = goals.shape[-1], goals.device  # H B rows, (H B, Z) and (H B,), of each task
+    inputs, goals, shares = (
+        x.detach().movedim(0, lead).flatten(lead, lead + 1) for x in (observations, targets, weights)
+    )
+    count, device = goals.shape[-1], goals.device  # H B rows, (H B, Z) and twice (H B,), of each task
     losses = []
     for _ in range(epochs):
         if isinstance(generator, Sequence):
@@ -297,7 +314,8 @@ def fit_critic(
         else:
             order = torch.randperm(count, generator=generator, device=device)
         for chosen in order.chunk(minibatches, -1):
-            loss = (critic(_pick(inputs, chosen)) - _pick(goals, chosen)).square().mean((0, -1))  # over (E, N)
+            errors = (critic(_pick(inputs, chosen)) - _pick(goals, chosen)).square()  # (E, N)
+            loss = (_pick(shares, chosen) * errors).mean((0, -1))
             optimizer.zero_grad(set_to_none=True)
             loss.sum().backward()
             grad_norm = _clip(critic, max_grad_norm)
@@ -352,6 +370,7 @@ def improve_policy(
         nets.critic_optimizer,
         window.observations,
         targets,
+        window.survival(),
         critic_epochs,
         critic_minibatches,
         CRITIC_MAX_GRAD_NORM,

@@ -241,7 +241,9 @@ def regression(seed: int = 0, **changes: Any) -> tuple[EnsembleMLP, dict[str, Te
     x = torch.linspace(-1.0, 1.0, 32).reshape(4, 8, 1).requires_grad_(True)
     arguments = {"epochs": 1, "minibatches": 4, "max_grad_norm": 100.0, **changes}
     generator = torch.Generator().manual_seed(seed)
-    metrics = fit_critic(critic, optimizer, x, 1.0 + x.detach().squeeze(-1), **arguments, generator=generator)
+    goals = arguments.pop("goals", 1.0 + x.detach().squeeze(-1))
+    weights = arguments.pop("weights", torch.ones_like(goals))
+    metrics = fit_critic(critic, optimizer, x, goals, weights, **arguments, generator=generator)
     assert x.grad is None
     return critic, metrics
 
@@ -274,9 +276,25 @@ def test_the_loss_is_the_mean_over_members_and_points():
         critic[0].weight.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1))
     optimizer = torch.optim.SGD(critic.parameters(), lr=0.0)
     x, y = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[3.0], [5.0]])
-    metrics = fit_critic(critic, optimizer, x, y, 1, 1, 100.0)
+    metrics = fit_critic(critic, optimizer, x, y, torch.ones(2, 1), 1, 1, 100.0)
     # V = 0, 0 and 1, 2:  (9 + 25 + 4 + 9) / 4
     assert metrics["critic_loss"].item() == 11.75
+    metrics = fit_critic(critic, optimizer, x, y, torch.tensor([[1.0], [0.5]]), 1, 1, 100.0)
+    assert metrics["critic_loss"].item() == (9 + 4 + 0.5 * (25 + 9)) / 4
+
+
+def test_critics_are_not_fitted_to_what_no_episode_reaches():
+    reached = torch.ones(4, 8)
+    reached[2:] = 0.0
+    wild = torch.where(reached > 0.0, 1.0 + torch.linspace(-1.0, 1.0, 32).reshape(4, 8), torch.tensor(1e3))
+    assert same(regression(weights=reached, epochs=3)[0], regression(weights=reached, epochs=3, goals=wild)[0])
+    assert not same(regression(epochs=3)[0], regression(epochs=3, goals=wild)[0])
+
+
+def test_survival_is_the_chance_to_get_as_far_within_a_segment():
+    _, window = run(Line([0.0, 0.0], continues=[0.5, 0.25, 0.125], truncated=[(1, 1)]), 3)
+    assert window.survival().tolist() == [[1.0, 1.0], [0.5, 0.5], [0.125, 1.0]]
+    assert not window.survival().requires_grad
 
 
 def test_critic_gradients_are_clipped():
@@ -286,7 +304,9 @@ def test_critic_gradients_are_clipped():
     critic = EnsembleMLP(1, 1, [], nn.Mish)
     before = [p.detach().clone() for p in critic.parameters()]
     optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
-    fit_critic(critic, optimizer, torch.ones(1, 4, 1), torch.full((1, 4), 100.0), 1, 1, max_grad_norm=0.5)
+    fit_critic(
+        critic, optimizer, torch.ones(1, 4, 1), torch.full((1, 4), 100.0), torch.ones(1, 4), 1, 1, max_grad_norm=0.5
+    )
     moved = torch.cat([(p - q).flatten() for p, q in zip(critic.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
 
