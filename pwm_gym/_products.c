@@ -17,7 +17,7 @@
 
 struct layer {
     int64_t kind, in, out, groups;
-    double eps;
+    double eps, scale; /* scale: of what dropout keeps */
 };
 
 struct network {
@@ -97,10 +97,17 @@ AMX static void pack_member(const struct network *n, const float *const *paramet
     }
 }
 
+/* Dropout, in place, of what comes out of linear maps: `kept` holds 1 or 0. */
+INLINE void drop(float *restrict x, const unsigned char *restrict kept, size count, float scale) {
+#pragma omp simd
+    for (size i = 0; i < count; i++) x[i] *= scale * (float)kept[i];
+}
+
 /* y = network(x) on the rows [from, to) of each member. Without `packed`, weights are packed into scratch; without
    `saved`, what lies between layers stays there. */
 AMX static void forward_rows(const struct network *n, const char *packed, const float *const *parameters,
-                             const float *x, float *y, char *saved, size from, size to) {
+                             const unsigned char *const *kept, const float *x, float *y, char *saved, size from,
+                             size to) {
     struct spans at[12], end = locate(n, at);
     size F = widest(n), R = n->rows;
     size space = CHUNK * F * 8 + 32 * F * 4 + CHUNK * 8;
@@ -131,6 +138,7 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
                     s = (float *)(saved + at[i].stats) + line * 2;
                 }
                 multiply(a, pitch(l->in), weight, bias, c, rows, N, l->in);
+                if (kept[i]) drop(c, kept[i] + line * N, rows * N, l->scale);
                 if (l->kind == NOTHING && last) break;
                 if (!last) a = rounded[(i + 1) % 2];
                 if (!last && keep) a = (bf16 *)(saved + at[i + 1].input) + (e * padded + r) * pitch(N);
@@ -151,8 +159,8 @@ AMX static void forward_rows(const struct network *n, const char *packed, const 
 /* On the rows [from, to): from gy = ∂L/∂y to ∂L/∂x, unless gx is NULL, to the gradients of what leaves the linear maps
    and, of thread t, the sums that make the gradients of biases and norms. */
 AMX static void backward_rows(const struct network *n, const char *packed, const float *const *parameters,
-                              const char *saved, const float *y, const float *gy, float *const *grads, float *gx,
-                              char *work, size from, size to, int t) {
+                              const unsigned char *const *kept, const char *saved, const float *y, const float *gy,
+                              float *const *grads, float *gx, char *work, size from, size to, int t) {
     struct spans at[12], end = locate(n, at);
     size F = widest(n), R = n->rows, E = n->members;
     int wanted = 0;
@@ -185,6 +193,7 @@ AMX static void backward_rows(const struct network *n, const char *packed, const
                     if (l->kind != NOTHING) {
                         fused_backward(l->kind, inner + q * N, scale + e * N, shift + e * N, y + (line + q) * N,
                                        stats + 2 * q, of_inner, h, of_scale, of_shift, some, N, some, l->groups, 1);
+                        if (kept[i]) drop(h, kept[i] + (line + q) * N, some * N, l->scale);
                         of_inner = h;
                     }
                     for (size m = 0; grads[4 * i + 1] && m < some; m++)
@@ -241,16 +250,17 @@ static void add_up(const struct network *n, float *const *grads, const char *wor
 }
 
 /* What Python calls. `parameters` and `grads` have weight, bias, norm's scale and its shift of each layer; NULL where
-   there is none or, among `grads`, where nobody asks for it. */
+   there is none or, among `grads`, where nobody asks for it. `kept` has for each layer what dropout keeps of its linear
+   map, (members, rows, out), or NULL; dropout stands before a norm. */
 
-/* Ask Linux for the use of tiles, once, and tell whether they are there. */
+/* Ask Linux for the use of tiles, once; give this interface's number if they are there, else 0. */
 EXPORT int products_available(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     int tiles = (d >> 22 & 1) && (d >> 24 & 1);                        /* AMX-BF16 and AMX-TILE */
     int vectors = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1); /* AVX-512 F, DQ, BW, VL */
     if (!tiles || !vectors || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 0; /* AVX512-BF16 */
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18L /* XTILEDATA */) == 0;
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18L /* XTILEDATA */) == 0 ? 2 : 0;
 }
 
 /* Bytes of packed weights for the way forward and for the way back, of what is saved between, of backward's work. */
@@ -268,18 +278,18 @@ EXPORT void network_pack(const struct network *n, const float *const *parameters
         pack_member(n, parameters, e, backward, 0, packed + e * (backward ? end.backward : end.forward));
 }
 
-EXPORT void network_forward(const struct network *n, const char *packed, const float *const *parameters, const float *x,
-                            float *y, char *saved) {
+EXPORT void network_forward(const struct network *n, const char *packed, const float *const *parameters,
+                            const unsigned char *const *kept, const float *x, float *y, char *saved) {
     size blocks = (n->rows + 31) / 32, T = n->threads;
 #pragma omp parallel for num_threads(T) if (T > 1) schedule(static)
     for (int t = 0; t < T; t++)
-        forward_rows(n, packed, parameters, x, y, saved, 32 * (blocks * t / T),
+        forward_rows(n, packed, parameters, kept, x, y, saved, 32 * (blocks * t / T),
                      least(n->rows, 32 * (blocks * (t + 1) / T)));
 }
 
 EXPORT void network_backward(const struct network *n, const char *packed, const float *const *parameters,
-                             const char *saved, const float *y, const float *gy, float *const *grads, float *gx,
-                             char *work) {
+                             const unsigned char *const *kept, const char *saved, const float *y, const float *gy,
+                             float *const *grads, float *gx, char *work) {
     struct spans at[12];
     locate(n, at);
     size blocks = (n->rows + 31) / 32, T = n->threads;
@@ -287,7 +297,7 @@ EXPORT void network_backward(const struct network *n, const char *packed, const 
         memset(work + at[i].sums, 0, 3 * T * n->members * n->layers[i].out * sizeof(float));
 #pragma omp parallel for num_threads(T) if (T > 1) schedule(static)
     for (int t = 0; t < T; t++)
-        backward_rows(n, packed, parameters, saved, y, gy, grads, gx, work, 32 * (blocks * t / T),
+        backward_rows(n, packed, parameters, kept, saved, y, gy, grads, gx, work, 32 * (blocks * t / T),
                       least(n->rows, 32 * (blocks * (t + 1) / T)), t);
 #pragma omp parallel for num_threads(T) if (T > 1) schedule(static)
     for (int t = 0; t < T; t++) backward_weights(n, saved, grads, work, t);

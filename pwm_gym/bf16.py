@@ -32,11 +32,15 @@ __all__ = ["available", "fixed_weights", "run", "usable"]
 MAX_ERROR = 8e-3  # relative, of a network's values and gradients: what rounding to bf16 leaves
 _FEWEST_ROWS = 16  # below, packing the weights costs more than the product
 _MOST_LAYERS = 12  # of `struct network`
+_INTERFACE = 2  # that of `_products.c`
 _PARALLEL = 1 << 22  # multiplications from which on several threads pay
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in ("kind", "in_", "out", "groups")), ("eps", ctypes.c_double)]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "in_", "out", "groups")),
+        *((name, ctypes.c_double) for name in ("eps", "scale")),
+    ]
 
 
 class _Description(ctypes.Structure):
@@ -77,13 +81,13 @@ class _Packed:
 
 def _load() -> ctypes.CDLL | None:
     library = kernels.library()
-    if library is None or not hasattr(library, "products_available") or not library.products_available():
-        return None  # an older build has none
+    if library is None or not hasattr(library, "products_available") or library.products_available() != _INTERFACE:
+        return None  # an older build has none, or others
     pointer = ctypes.c_void_p
     library.network_sizes.argtypes = [pointer, pointer]
     library.network_pack.argtypes = [pointer, pointer, ctypes.c_int, pointer]
-    library.network_forward.argtypes = [pointer] * 6
-    library.network_backward.argtypes = [pointer] * 9
+    library.network_forward.argtypes = [pointer] * 7
+    library.network_backward.argtypes = [pointer] * 10
     for function in (library.network_sizes, library.network_pack, library.network_forward, library.network_backward):
         function.restype = None
     return library
@@ -155,16 +159,17 @@ def _pays() -> bool:
         return bool(error < MAX_ERROR) and seconds(run) < seconds(kernels.run)
 
 
-_Spec = tuple[tuple[int, float, int, torch.Size, torch.Size, bool], ...]
+_Spec = tuple[tuple[int, float, int, float, torch.Size, torch.Size, bool], ...]
 
 
 def _specify(blocks: Sequence[Block]) -> _Spec:
-    """List what decides a plan: kind, eps, groups, shapes of weight and bias, and whether the type is known."""
+    """List what decides a plan: kind, eps, groups, scale, shapes of weight and bias, and whether the type is known."""
     return tuple(
         (
             int(block.kind),
             block.eps,
             block.groups,
+            block.scale,
             block.weight.shape,
             block.bias.shape,
             block.weight.is_cpu and block.weight.dtype is block.bias.dtype is torch.float32,
@@ -176,17 +181,18 @@ def _specify(blocks: Sequence[Block]) -> _Spec:
 @functools.lru_cache(maxsize=256)
 def _plan(spec: _Spec, shape: torch.Size, shared: bool, learned: bool, rows: int, threads: int) -> _Plan | None:
     """Describe a network for x of a shape; None where sizes don't fit: PyTorch's products then say what is wrong."""
-    plain = len(spec[0][3]) == 2
-    members, width = 1 if plain else spec[0][3][0], shape[-1]
+    plain = len(spec[0][4]) == 2
+    members, width = 1 if plain else spec[0][4][0], shape[-1]
     network = _Description(len(spec), members, plain, shared, learned, rows, threads)
-    for layer, (kind, eps, groups, of_weight, of_bias, known) in zip(network.layers, spec, strict=False):
+    for layer, (kind, eps, groups, scale, of_weight, of_bias, known) in zip(network.layers, spec, strict=False):
         out = of_bias[-1]
         fits = (out, width) if plain else (members, width, out)
         if not known or tuple(of_weight) != fits or of_bias.numel() != members * out:
             return None
         if not plain and (len(shape) != 3 or shape[0] != members):
             return None
-        layer.kind, layer.in_, layer.out, layer.groups, layer.eps = kind, width, out, groups, eps
+        layer.kind, layer.in_, layer.out, layer.groups = kind, width, out, groups
+        layer.eps, layer.scale = eps, scale
         width = out
     sizes = (ctypes.c_int64 * 4)()
     _library.network_sizes(ctypes.byref(network), sizes)  # type: ignore[union-attr]
@@ -225,6 +231,7 @@ def _forward(
     plan: _Plan,
     packed: _Packed | None,
     parameters: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
     y: Tensor,
     saved: Tensor | None,
 ) -> None:
@@ -232,6 +239,7 @@ def _forward(
         plan.network,
         None if packed is None else packed.pointer(plan, backward=False),
         _pointers(parameters),
+        _pointers(kept),
         x.data_ptr(),
         y.data_ptr(),
         None if saved is None else saved.data_ptr(),
@@ -242,11 +250,18 @@ class _Network(torch.autograd.Function):
     """Blocks one after another."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, packed: _Packed | None, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        plan: _Plan,
+        packed: _Packed | None,
+        kept: Sequence[Tensor | None],
+        *parameters: Tensor | None,
+    ) -> Tensor:
         y, saved = x.new_empty(*x.shape[:-1], plan.width), _take(plan.saved)
-        _forward(x, plan, packed, parameters, y, saved)
+        _forward(x, plan, packed, parameters, kept, y, saved)
         ctx.save_for_backward(y, saved, *parameters)
-        ctx.plan, ctx.packed, ctx.shape = plan, packed, x.shape
+        ctx.plan, ctx.packed, ctx.kept, ctx.shape = plan, packed, kept, x.shape
         return y
 
     @staticmethod
@@ -254,13 +269,14 @@ class _Network(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, saved, *parameters = ctx.saved_tensors
         plan, wanted, grad = ctx.plan, ctx.needs_input_grad, grad.contiguous()
-        grads = [torch.empty_like(p) if want else None for p, want in zip(parameters, wanted[3:], strict=True)]
+        grads = [torch.empty_like(p) if want else None for p, want in zip(parameters, wanted[4:], strict=True)]
         grad_x = grad.new_empty(ctx.shape) if wanted[0] else None
         work = _take(plan.work)
         _library.network_backward(  # type: ignore[union-attr]
             plan.network,
             None if ctx.packed is None else ctx.packed.pointer(plan, backward=True),
             _pointers(parameters),
+            _pointers(ctx.kept),
             saved.data_ptr(),
             y.data_ptr(),
             grad.data_ptr(),
@@ -269,7 +285,7 @@ class _Network(torch.autograd.Function):
             work.data_ptr(),
         )
         _give_back(work, *[] if torch._C._autograd._get_current_graph_task_keep_graph() else [saved])
-        return grad_x, None, None, *grads
+        return grad_x, None, None, None, *grads
 
 
 def run(blocks: Sequence[Block], x: Tensor) -> Tensor:
@@ -283,10 +299,10 @@ def run(blocks: Sequence[Block], x: Tensor) -> Tensor:
     if plan is None:
         return kernels.run(blocks, x)
     parameters = [None if p is None else p.contiguous() for block in blocks for p in block[1:5]]
-    packed = _pack(parameters)
+    packed, kept = _pack(parameters), kernels.draw_kept(blocks, x)
     x = x if shared and x[0].is_contiguous() else x.contiguous()
     if torch.is_grad_enabled():
-        return _Network.apply(x, plan, packed, *parameters)
+        return _Network.apply(x, plan, packed, kept, *parameters)
     y = x.new_empty(*x.shape[:-1], plan.width)
-    _forward(x, plan, packed, parameters, y, None)
+    _forward(x, plan, packed, parameters, kept, y, None)
     return y

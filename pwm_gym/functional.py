@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["clip_gradients", "symexp", "symlog", "td_lambda_returns", "two_hot_cross_entropy", "two_hot_decode"]
+__all__ = [
+    "clip_gradients",
+    "frozen",
+    "symexp",
+    "symlog",
+    "td_lambda_returns",
+    "two_hot_cross_entropy",
+    "two_hot_decode",
+]
 
 _HALF = (torch.bfloat16, torch.float16)  # of logits under autocast
 
@@ -157,3 +166,15 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     if norm.device.type != "cpu" or not norm.item() < 0.999 * max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a module without computing those of its parameters."""
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

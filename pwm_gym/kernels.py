@@ -15,7 +15,7 @@ import ctypes
 import enum
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Block", "Kind", "available", "library", "run", "usable"]
+__all__ = ["Block", "Kind", "available", "draw_kept", "library", "run", "usable"]
 
 _PARALLEL = 1 << 16  # elements from which on several threads pay
 
@@ -47,6 +47,8 @@ class Block(NamedTuple):
     norm_bias: Tensor | None = None  # its shift
     eps: float = 0.0  # added to the variance
     groups: int = 1  # of SimNorm: feature i belongs to group i mod groups
+    draw: Callable[[Sequence[int]], Tensor] | None = None  # dropout: which outputs of the linear map to keep, uint8
+    scale: float = 1.0  # what those are multiplied by
 
 
 def _load() -> ctypes.CDLL | None:
@@ -86,7 +88,18 @@ def usable(x: Tensor, blocks: Sequence[Block]) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not (torch._C._are_functorch_transforms_active() and any(block.draw for block in blocks))
     )
+
+
+def draw_kept(blocks: Sequence[Block], x: Tensor) -> list[Tensor | None]:
+    """Draw what dropout keeps of each block's linear map, (..., out), 1 or 0; None where there is no dropout."""
+    return [None if block.draw is None else block.draw((*x.shape[:-1], block.bias.shape[-1])) for block in blocks]
+
+
+def _drop(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+    """Apply dropout, in place."""
+    return x if kept is None else x.mul_(kept).mul_(scale)
 
 
 def _threads(x: Tensor) -> int:
@@ -188,20 +201,26 @@ class _Network(torch.autograd.Function):
     """Blocks one after another."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: tuple[tuple[int, float, int], ...], *parameters: Tensor) -> Tensor:
-        """`spec` has kind, eps and groups of each block; `parameters` its four, of which the last two may be None."""
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        spec: tuple[tuple[int, float, int, float], ...],
+        masks: Sequence[Tensor | None],
+        *parameters: Tensor,
+    ) -> Tensor:
+        """`spec` has kind, eps, groups and scale of each block; `parameters` its four, the last two perhaps None."""
         kept: list[Tensor | None] = []
-        for i, (kind, eps, groups) in enumerate(spec):
+        for i, (kind, eps, groups, scale) in enumerate(spec):
             weight, bias, norm_weight, norm_bias = parameters[4 * i : 4 * i + 4]
-            y, inner, stats = _linear(x, weight, bias), None, None
+            y, inner, stats = _drop(_linear(x, weight, bias), masks[i], scale), None, None
             if kind != Kind.NOTHING:
                 inner = y
                 y, stats = _activate(kind, inner, norm_weight, norm_bias, eps, groups)
-            learned = ctx.needs_input_grad[2 + 4 * i]  # a frozen weight's input is of no use later
+            learned = ctx.needs_input_grad[3 + 4 * i]  # a frozen weight's input is of no use later
             kept += [x if learned else None, inner, stats, y if kind == Kind.NORM_SIMNORM else None]
             x = y
         ctx.save_for_backward(*kept, *parameters)
-        ctx.spec = spec
+        ctx.spec, ctx.masks = spec, masks
         return x
 
     @staticmethod
@@ -210,21 +229,22 @@ class _Network(torch.autograd.Function):
         count = len(ctx.spec)
         kept, parameters = ctx.saved_tensors[: 4 * count], ctx.saved_tensors[4 * count :]
         wanted = ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * (2 + 4 * count)
+        grads: list[Tensor | None] = [None] * (3 + 4 * count)
         for i in reversed(range(count)):
-            kind, _, groups = ctx.spec[i]
+            kind, _, groups, scale = ctx.spec[i]
             x, inner, stats, y = kept[4 * i : 4 * i + 4]
             weight, _, norm_weight, norm_bias = parameters[4 * i : 4 * i + 4]
-            at = 2 + 4 * i  # of its parameters among the arguments
+            at = 3 + 4 * i  # of its parameters among the arguments
             if kind != Kind.NOTHING:
                 grad, grads[at + 2], grads[at + 3] = _activate_backward(
                     kind, inner, norm_weight, norm_bias, y, stats, grad, groups, wanted[at + 2] or wanted[at + 3]
                 )
+                grad = _drop(grad, ctx.masks[i], scale)
             if wanted[at]:
                 grads[at] = _weight_gradient(x, weight, grad)
             if wanted[at + 1]:
                 grads[at + 1] = grad.flatten(0, -2).sum(0) if weight.ndim == 2 else grad.sum(1, keepdim=True)
-            if wanted[0] or any(wanted[2:at]):
+            if wanted[0] or any(wanted[3:at]):
                 grad = grad @ weight if weight.ndim == 2 else torch.bmm(grad, weight.mT)
         grads[0] = grad if wanted[0] else None
         return tuple(grads)
@@ -283,16 +303,17 @@ def run(blocks: Sequence[Block], x: Tensor) -> Tensor:
         tensor([[10.5000]])
     """
     if torch._C._are_functorch_transforms_active():
-        for kind, weight, bias, norm_weight, norm_bias, eps, groups in blocks:
+        for kind, weight, bias, norm_weight, norm_bias, eps, groups, *_ in blocks:
             x = F.linear(x, weight, bias) if weight.ndim == 2 else torch.baddbmm(bias, x, weight)
             if kind != Kind.NOTHING:
                 x = _ActivateInTransform.apply(int(kind), x, norm_weight, norm_bias, eps, groups)[0]
         return x
+    masks = draw_kept(blocks, x)
     if torch.is_grad_enabled():
-        spec = tuple((int(block.kind), block.eps, block.groups) for block in blocks)
-        return _Network.apply(x, spec, *(tensor for block in blocks for tensor in block[1:5]))
-    for kind, weight, bias, norm_weight, norm_bias, eps, groups in blocks:
-        x = _linear(x, weight, bias)
+        spec = tuple((int(block.kind), block.eps, block.groups, block.scale) for block in blocks)
+        return _Network.apply(x, spec, masks, *(tensor for block in blocks for tensor in block[1:5]))
+    for (kind, weight, bias, norm_weight, norm_bias, eps, groups, _, scale), mask in zip(blocks, masks, strict=True):
+        x = _drop(_linear(x, weight, bias), mask, scale)
         if kind != Kind.NOTHING:
             x, _ = _activate(kind, x, norm_weight, norm_bias, eps, groups)  # type: ignore[arg-type]
     return x

@@ -164,7 +164,7 @@ def _flatten(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
     for layer in layers:
         if type(layer).forward is Layers.forward and not _watched(layer):
             yield from _flatten(layer)  # type: ignore[arg-type]
-        elif not (isinstance(layer, nn.Dropout) and not layer.training):  # which does nothing
+        elif not (isinstance(layer, nn.Dropout) and not (layer.training and layer.p)):  # which does nothing
             yield layer
 
 
@@ -185,7 +185,8 @@ def _blocks(layers: Iterable[nn.Module]) -> list[Block] | None:
         if not remaining or type(remaining[-1]) in _LINEAR:
             blocks.append(Block(Kind.NOTHING, weight, bias))
             continue
-        if len(remaining) == 1:
+        dropout = remaining.pop() if type(remaining[-1]) is PartDropout else None
+        if len(remaining) < 2:
             return None
         first, second = remaining.pop(), remaining.pop()
         norm, other = (first, second) if isinstance(first, _NORM) else (second, first)
@@ -200,7 +201,8 @@ def _blocks(layers: Iterable[nn.Module]) -> list[Block] | None:
             kind, groups = Kind.NORM_SIMNORM, scale.shape[-1] // other.group_size
         else:
             return None
-        blocks.append(Block(kind, weight, bias, scale, shift, norm.eps, groups))
+        drop = (None, 1.0) if dropout is None else (dropout.draw, dropout.scale)
+        blocks.append(Block(kind, weight, bias, scale, shift, norm.eps, groups, *drop))
     return blocks or None
 
 
@@ -309,7 +311,9 @@ class EnsembleMLP(Layers):
 
 
 class PartDropout(nn.Dropout):
-    """Dropout where several processes have a part of one batch each: all draw the whole batch's mask and take theirs.
+    """Dropout that is cheap on CPUs, and that several processes can share which have a part of one batch each.
+
+    All of them draw the whole batch's mask and take their part of it.
 
     Attributes:
         part: This process's rows of the batch B.
@@ -318,14 +322,41 @@ class PartDropout(nn.Dropout):
 
     part, count = slice(None), None
 
+    @property
+    def scale(self) -> float:
+        """What the entries that are kept are multiplied by, 1 / (1 - p)."""
+        return 1.0 / (1.0 - self.p)
+
+    def draw(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Draw which entries of (E, T B, F), where B counts the part's rows, to keep: 1 or 0, uint8."""
+        if self.count is None:
+            return self._draw(shape, device)
+        members, rows, features = shape
+        times = rows // (self.part.stop - self.part.start)
+        whole = self._draw((members, times, self.count, features), device)
+        return whole[:, :, self.part].reshape(*shape)
+
+    def _draw(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        kept = torch.ones(*shape, dtype=torch.uint8, device=device)
+        if kept.device.type != "cpu":
+            return kept.bernoulli_(1.0 - self.p)
+        # From one dropped entry to the next the distance is geometric: for p = 0.01 a hundredth of the random numbers.
+        size, reached = kept.numel(), 0
+        while reached < size:
+            gaps = torch.empty(int((size - reached) * self.p) + 64, dtype=torch.float64).geometric_(self.p)
+            dropped = gaps.long().cumsum(0).add_(reached - 1)
+            kept.view(-1)[dropped[dropped < size]] = 0
+            reached = int(dropped[-1]) + 1
+        return kept
+
     def forward(self, x: Tensor) -> Tensor:
-        """Drop entries of (E, T B, F), where B counts the part's rows."""
-        if self.count is None or not self.training or self.p == 0.0:
-            return super().forward(x)
-        rows = x.unflatten(1, (-1, self.part.stop - self.part.start))  # (E, T, B, F)
-        whole = rows.new_ones(*rows.shape[:2], self.count, rows.shape[-1])
-        mask = super().forward(whole.flatten(1, 2)).view_as(whole)[:, :, self.part]
-        return (rows * mask).flatten(1, 2)
+        """Drop entries of (E, T B, F)."""
+        if not self.training or self.p == 0.0:
+            return x
+        return super().forward(x) if self.count is None and x.device.type != "cpu" else x * self._factor(x)
+
+    def _factor(self, x: Tensor) -> Tensor:
+        return self.draw(x.shape, x.device).to(x.dtype).mul_(self.scale)
 
 
 class NormedEnsemble(Layers):

@@ -1,5 +1,6 @@
 """The compiled kernels give what PyTorch's own modules give, and step aside where they can't."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,17 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from pwm_gym import kernels
-from pwm_gym.networks import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP, Layers, Mish, NormedEnsemble, SimNorm, mlp
+from pwm_gym.networks import (
+    EnsembleLayerNorm,
+    EnsembleLinear,
+    EnsembleMLP,
+    Layers,
+    Mish,
+    NormedEnsemble,
+    PartDropout,
+    SimNorm,
+    mlp,
+)
 
 compiled = pytest.mark.skipif(not kernels.available(), reason="the kernels were not compiled on this machine")
 
@@ -31,7 +42,19 @@ def _values():
     return NormedEnsemble(3, 7, [32, 24], 5, nn.Mish, dropout=0.1).eval()
 
 
-NETWORKS = {"model": _mlp, "actor": _actor, "critic": _critic, "values": _values}
+class _Repeatable(NormedEnsemble):
+    """Values that draw the same dropout at every call."""
+
+    def forward(self, x):
+        torch.manual_seed(5)
+        return super().forward(x)
+
+
+def _dropping():
+    return _Repeatable(3, 7, [32, 24], 5, nn.Mish, dropout=0.3)
+
+
+NETWORKS = {"model": _mlp, "actor": _actor, "critic": _critic, "values": _values, "values in training": _dropping}
 
 
 def randomised(make, seed=0):
@@ -191,6 +214,31 @@ def test_dropout_in_training_mode_drops():
     x = torch.randn(5, 7)
     assert not torch.equal(values(x), values(x))
     assert torch.equal(values.eval()(x), values(x))
+
+
+@compiled
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_dropout_in_training_mode_is_left_to_the_kernels(p, monkeypatch):
+    values, calls = NormedEnsemble(2, 7, [64, 64], 5, nn.Mish, dropout=p), _watched(monkeypatch)
+    values(torch.randn(5, 7))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.9])
+def test_dropped_entries_are_independent_and_of_that_share(p):
+    torch.manual_seed(0)
+    dropout, count = PartDropout(p), 200_000
+    kept = dropout.draw((2, count // 200, 100)).flatten().double()
+    dropped = 1.0 - kept
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    assert abs(dropped.mean() - p) < 4.0 * math.sqrt(p * (1.0 - p) / count)
+    for lag in (1, 2, 100):
+        both = (dropped[lag:] * dropped[:-lag]).mean()
+        assert abs(both - p * p) < 5.0 * math.sqrt(p * p * (1.0 - p * p) / count)
+    ends = torch.stack([dropout.draw((1, 1, 3)).flatten() for _ in range(2_000)]).double()  # first and last count, too
+    assert ((1.0 - ends).mean(0) - p).abs().max() < 4.5 * math.sqrt(p * (1.0 - p) / 2_000)
+    x = torch.randn(2, 500, 100)
+    assert abs((dropout(x) * x).sum() / x.square().sum() - 1.0) < 5.0 * math.sqrt(p / (1.0 - p) * 3.0 / x.numel())
 
 
 def test_ensemble_layers_are_linear_maps_and_norms_of_each_member():

@@ -11,10 +11,9 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from pwm_gym import DictSequenceReplayBuffer, SequenceReplayBuffer, WorldModel, WorldModelConfig, fit_world_model
-from pwm_gym.functional import two_hot_cross_entropy
+from pwm_gym.functional import frozen, two_hot_cross_entropy
 from pwm_gym.training import (
     fast_matmul,
-    frozen,
     make_model_optimizer,
     set_learning_rate,
     update_world_model,

@@ -13,9 +13,9 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
+from pwm_gym.functional import frozen
 from pwm_gym.replay import WindowSource
 from pwm_gym.serialization import atomic_write
-from pwm_gym.training import frozen
 from pwm_gym.world_model import WorldModel
 
 if TYPE_CHECKING:

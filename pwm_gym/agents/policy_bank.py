@@ -20,10 +20,11 @@ from pwm_gym.agents.latent_actor import LatentActor
 from pwm_gym.agents.policies import ReturnScale
 from pwm_gym.agents.pwm import PWM
 from pwm_gym.datasets import OfflineDataset
+from pwm_gym.functional import frozen
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.networks import EnsembleLinear, EnsembleMLP, Stacked, block
 from pwm_gym.replay import SequenceSamples
-from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, update_world_model
+from pwm_gym.training import fast_matmul, make_model_optimizer, update_world_model
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["PolicyBank"]

@@ -23,9 +23,10 @@ from pwm_gym.agents.first_order import ActorCritic, Rollout, improve_policy, rol
 from pwm_gym.agents.model_based import ModelBasedAlgorithm
 from pwm_gym.agents.policies import PWMCritic, PWMPolicy
 from pwm_gym.differentiable import NumpyVectorEnv
+from pwm_gym.functional import frozen
 from pwm_gym.latent_env import LatentVectorEnv
 from pwm_gym.replay import WindowSource
-from pwm_gym.training import fast_matmul, frozen, make_model_optimizer, set_learning_rate, update_world_model
+from pwm_gym.training import fast_matmul, make_model_optimizer, set_learning_rate, update_world_model
 from pwm_gym.world_model import WorldModel
 
 __all__ = ["PWM"]

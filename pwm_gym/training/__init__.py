@@ -3,7 +3,6 @@
 from pwm_gym.training.fitting import (
     fast_matmul,
     fit_world_model,
-    frozen,
     make_model_optimizer,
     set_learning_rate,
     update_world_model,
@@ -18,7 +17,6 @@ __all__ = [
     "Ranks",
     "fast_matmul",
     "fit_world_model",
-    "frozen",
     "make_model_optimizer",
     "pretrain",
     "set_learning_rate",

@@ -24,7 +24,6 @@ __all__ = [
     "ModelLoss",
     "fast_matmul",
     "fit_world_model",
-    "frozen",
     "make_model_optimizer",
     "set_learning_rate",
     "update_world_model",
@@ -35,18 +34,6 @@ __all__ = [
 CONSISTENCY_COEF, REWARD_COEF, TERMINATION_COEF, VALUE_COEF = 20.0, 0.1, 1.0, 0.1
 ENCODER_LR_SCALE = 0.3  # TD-MPC2's encoder learns more slowly than its other parts
 MAX_GRAD_NORM = 20.0
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Let gradients pass through a module without computing those of its parameters."""
-    flags = [(p, p.requires_grad) for p in module.parameters()]
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_gym.functional import clip_gradients, two_hot_cross_entropy
+from pwm_gym.functional import clip_gradients, frozen, two_hot_cross_entropy
 from pwm_gym.training.ranks import Ranks
 from pwm_gym.world_model import WorldModel
 
@@ -147,7 +147,7 @@ class PlanningLearner:
             The loss and what it is made of, without gradient.
         """
         latents, ranks = latents.detach(), self._ranks
-        with ranks.whole():
+        with ranks.whole(), frozen(self._value):  # only the prior's gradients are computed
             sample = self._model.prior(latents, task, noise=self._noise(latents))
             q = self._model.q(latents, sample.actions, task, "mean", generator=self._generator)  # (H + 1, B)
             levels = torch.tensor(_PERCENTILES, dtype=q.dtype, device=q.device)
@@ -159,7 +159,6 @@ class PlanningLearner:
             if lengths is not None:
                 worth = worth * (torch.arange(len(q), device=q.device).unsqueeze(1) <= lengths)
             loss = -(weights * worth.mean(1)).mean()
-            # Only the prior's gradients are computed: those of the values' weights are not part of this loss.
             gradients = torch.autograd.grad(loss, self._parameters)
         ranks.mean_(gradients)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
