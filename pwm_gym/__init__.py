@@ -15,7 +15,7 @@ from pwm_gym.replay import DictSequenceReplayBuffer, SequenceReplayBuffer
 from pwm_gym.sb3 import LatentObservation, as_sb3_vec_env
 from pwm_gym.serialization import UnsafeFileError
 from pwm_gym.task_sets import tasks
-from pwm_gym.training import fit_world_model, pretrain
+from pwm_gym.training import adapt, fit_world_model, pretrain
 from pwm_gym.world_model import WorldModel, WorldModelConfig
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "UnsafeFileError",
     "WorldModel",
     "WorldModelConfig",
+    "adapt",
     "as_sb3_vec_env",
     "export_tdmpc2",
     "extract",

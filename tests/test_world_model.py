@@ -604,6 +604,60 @@ def test_task_of_a_spectral_normed_model_is_not_taken_out() -> None:
         make(num_tasks=2, regularizer="spectral_norm").for_task(0)
 
 
+@pytest.mark.parametrize("encoder_layers", [0, 2])
+@pytest.mark.parametrize("like", [None, "turn"])
+def test_model_of_a_new_task_predicts_with_the_weights_and_its_own_embedding(
+    encoder_layers: int, like: str | None
+) -> None:
+    model = padded_model(encoder_layers=encoder_layers).double()
+    known = model.embedding(torch.arange(2))
+    embedding = known.mean(0) if like is None else known[1]
+    new = model.for_new_task("spin", 2, 1, 0.9, like)
+    with torch.no_grad():
+        model.task_embedding.weight[1] = embedding  # type: ignore[union-attr]  # an old task of the same kind
+    assert (new.config.num_tasks, new.config.tasks, new.config.discounts) == (1, ("spin",), (0.9,))
+    assert (new.observation_space.shape, new.action_space.shape) == ((2,), (1,))
+    assert not new.training and new.task_embedding.weight.requires_grad  # type: ignore[union-attr]
+    observations, actions = batch(4, width=2, dtype=torch.float64), batch(4, width=1, seed=1, dtype=torch.float64)
+    z = model.encode(nn.functional.pad(observations, (0, 1)), 1)  # "turn" is padded from 2 to 3, and from 1 to 2
+    old = nn.functional.pad(actions, (0, 1))
+    single = new.for_task("spin")
+    assert single.config.num_tasks == 0 and single.discount() == 0.9
+    for one in (new, single):
+        torch.testing.assert_close(one.encode(observations), z)
+        torch.testing.assert_close(one.next(z, actions), model.next(z, old, 1))
+        torch.testing.assert_close(one.reward(z, actions), model.reward(z, old, 1))
+        torch.testing.assert_close(one.q(z, actions), model.q(z, old, 1))
+        mean = one.prior(z, generator=generator()).mean
+        torch.testing.assert_close(mean, model.prior(z, 1, generator()).mean[:, :1])
+
+
+def test_what_is_beyond_the_known_width_of_a_new_task_counts_for_nothing_until_it_is_learned() -> None:
+    model = padded_model()
+    new = model.for_new_task("swim", 5, 4)
+    assert new.discount() == pytest.approx(sum(model.config.all_discounts) / 2)
+    z, observations, actions = batch(4, width=16), batch(4, width=5), batch(4, width=4, seed=1)
+    cut = model.for_new_task("swim", 3, 2)
+    torch.testing.assert_close(new.encode(observations), cut.encode(observations[:, :3]))
+    torch.testing.assert_close(new.next(z, actions), cut.next(z, actions[:, :2]))
+    sample = new.prior(z)
+    assert sample.actions.shape == (4, 4) and (sample.mean[:, 2:] == 0.0).all()
+    new.encode(observations).square().sum().backward()
+    first = new.encoder[0][0].weight  # type: ignore[index]
+    assert (first.grad[:, 3:5] != 0.0).any() and (first[:, 3:5] == 0.0).all()
+
+
+def test_new_task_of_a_model_that_has_no_place_for_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a multi-task model without 'spin' .* got one of a single task"):
+        make().for_new_task("spin", 3, 2)
+    with pytest.raises(ValueError, match="expected a multi-task model without 'walk'"):
+        padded_model().for_new_task("walk", 3, 2)
+    with pytest.raises(ValueError, match="expected a model without spectral norm"):
+        make(num_tasks=2, regularizer="spectral_norm").for_new_task("spin", 3, 2)
+    with pytest.raises(ValueError, match="got 'spin'"):
+        padded_model().for_new_task("swim", 3, 2, like="spin")
+
+
 def test_padding_needs_flat_boxes() -> None:
     config = WorldModelConfig(3, 2, num_tasks=1, observation_dims=(3,))
     with pytest.raises(TypeError, match="expected flat Boxes where tasks are padded"):

@@ -1,5 +1,6 @@
 """Fitting world models: online and offline, with or without what planners need."""
 
+from pwm_gym.training.adaptation import adapt
 from pwm_gym.training.fitting import (
     fast_matmul,
     fit_world_model,
@@ -15,6 +16,7 @@ from pwm_gym.training.validation import validate
 __all__ = [
     "PAPER",
     "Ranks",
+    "adapt",
     "fast_matmul",
     "fit_world_model",
     "make_model_optimizer",

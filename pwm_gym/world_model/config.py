@@ -148,7 +148,7 @@ class WorldModelConfig:
         """Find a task by name or index.
 
         Args:
-            task: A name in `tasks` or an index; None, or its own name, for a single-task model.
+            task: A name in `tasks` or an index; None, or its own name, for a single-task model; None for the only one.
 
         Returns:
             The index, or None for a single-task model.
@@ -158,6 +158,8 @@ class WorldModelConfig:
         """
         if isinstance(task, str) and task in self.tasks:
             return self.tasks.index(task) if self.num_tasks else None
+        if task is None and self.num_tasks == 1:
+            return 0
         known = isinstance(task, int) and 0 <= task < self.num_tasks
         if (task is None) != (self.num_tasks == 0) or not (task is None or known):
             expected = f"in 0..{self.num_tasks - 1}: this world model is multi-task" if self.num_tasks else "None"

@@ -20,7 +20,7 @@ from pwm_gym.serialization import atomic_write, from_json, load_tensors, to_json
 from pwm_gym.world_model.config import PRESETS, WorldModelConfig
 from pwm_gym.world_model.planning_heads import PolicyPrior, PriorSample, ValueEnsemble
 from pwm_gym.world_model.real_spaces import check_spaces, flatten_observations, leading, unbounded
-from pwm_gym.world_model.single_task import fold_task
+from pwm_gym.world_model.single_task import fold_embedding, resize_spaces
 
 __all__ = ["PRESETS", "WorldModel", "WorldModelConfig"]
 
@@ -192,8 +192,9 @@ class WorldModel(nn.Module):
             if task is not None:
                 raise ValueError("expected task=None, got a task: this world model was made for a single task.")
             return x
-        if task is None:
+        if task is None and self.config.num_tasks > 1:
             raise ValueError(f"expected `task` in 0..{self.config.num_tasks - 1}: this world model is multi-task.")
+        task = 0 if task is None else task
         return torch.cat([x, self.embedding(task).expand(*x.shape[:-1], -1)], -1)
 
     def embedding(self, task: int | Tensor) -> Tensor:
@@ -421,21 +422,83 @@ class WorldModel(nn.Module):
         index, config = self.config.task_index(task), self.config
         if index is None:
             return self
-        if config.regularizer == "spectral_norm" or self.features_extractor is not None:
-            raise ValueError(
-                "expected a model without spectral norm and features extractor to take one task out of, got one with. "
-                "Fit a single-task model instead."
-            )
+        self._check_divisible()
         single = config.for_task(index)
         observation_space, action_space = self.observation_space, self.action_space
         if config.observation_dims:
             observation_space = leading(observation_space, single.observation_dim)
         if config.action_dims:
             action_space = leading(action_space, single.action_dim)
-        with torch.device("meta"):  # its weights come from here
-            model = WorldModel(single, observation_space, action_space)
-        folded = fold_task(self.state_dict(), self.embedding(index), config, single)
-        model.load_state_dict({k: v if share else v.clone() for k, v in folded.items()}, assign=True)
+        weights = resize_spaces(self.state_dict(), config, single.observation_dim, single.action_dim)
+        folded = fold_embedding(weights, self.embedding(index), config, single.observation_dim)
+        return self._with_weights(single, observation_space, action_space, folded, share)
+
+    @torch.no_grad()
+    def for_new_task(
+        self, task: str, observation_dim: int, action_dim: int, discount: float | None = None, like: str | None = None
+    ) -> WorldModel:
+        """Make a model of a task that this one was not trained on: with its weights, and an embedding to be learned.
+
+        The task's first observations and actions are read with the weights that the other tasks' have, which are padded
+        to the same width; where it is wider than those, the weights of what is beyond begin at 0. `pwm_gym.adapt` makes
+        such a model and trains it.
+
+        Args:
+            task: Its name.
+            observation_dim: Its width of an observation.
+            action_dim: Its width of an action.
+            discount: γ of its values; None for the mean over this model's tasks.
+            like: A task of this model to begin with the embedding of; None for the mean of all embeddings.
+
+        Returns:
+            A model with one task, whose embedding is its `task_embedding`, in evaluation mode. It is a copy.
+
+        Raises:
+            ValueError: If this is a single-task model, knows the task, or is of a kind that can't be taken apart.
+        """
+        config = self.config
+        if config.num_tasks == 0 or task in config.tasks:
+            raise ValueError(
+                f"expected a multi-task model without {task!r} among its tasks, got one of "
+                f"{config.tasks or 'a single task'}. Go on training it with pretrain(dataset, world_model=...)."
+            )
+        self._check_divisible()
+        discounts = config.all_discounts
+        new = dataclasses.replace(
+            config,
+            observation_dim=observation_dim,
+            action_dim=action_dim,
+            num_tasks=1,
+            tasks=(task,),
+            observation_dims=(),
+            action_dims=(),
+            discounts=(sum(discounts) / len(discounts) if discount is None else discount,),
+        )
+        known = self.embedding(torch.arange(config.num_tasks))  # (K, E)
+        weights = resize_spaces(self.state_dict(), config, observation_dim, action_dim)
+        begin = known.mean(0) if like is None else known[config.task_index(like)]
+        weights["task_embedding.weight"] = begin.unsqueeze(0)
+        action_space = spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
+        return self._with_weights(new, unbounded((observation_dim,)), action_space, weights)
+
+    def _check_divisible(self) -> None:
+        if self.config.regularizer == "spectral_norm" or self.features_extractor is not None:
+            raise ValueError(
+                "expected a model without spectral norm and features extractor to take one task out of, got one with. "
+                "Fit a single-task model instead."
+            )
+
+    def _with_weights(
+        self,
+        config: WorldModelConfig,
+        observation_space: Any,
+        action_space: Any,
+        weights: dict[str, Tensor],
+        share: bool = False,
+    ) -> WorldModel:
+        with torch.device("meta"):  # its weights are given
+            model = WorldModel(config, observation_space, action_space)
+        model.load_state_dict({k: v if share else v.clone() for k, v in weights.items()}, assign=True)
         model.bins = self.bins
         return model.eval()
 
