@@ -6,11 +6,12 @@
 1. `data`: on each task an agent (PWM with its defaults) trains online until the last tenth of its episodes is worth
    half of SAC's published score at 1M frames, or half of them succeed; its whole replay buffer is the task's data.
    `--benchmark runs/benchmark/online` takes the buffers of the agents (seed 0) that a benchmark trained already.
-2. `model`: one multi-task model is pre-trained on all of it, with values and policy prior for the planner.
+2. `model`: one multi-task model is pre-trained on all of it, with values and policy prior for the planner; with
+   `--separate`, a single-task model for each task instead, as wide as PWM's own for it, with results of its own.
 3. `policies`: from each seed, a policy for each task (PWM) and one for all tasks; PPO and SAC (SB3's) in each task's
    latent env, for the CPU time that PWM took for it; and planning (TDMPC2, published settings) with the same model.
    Each is scored on real episodes from the same initial states. Nothing is chosen by its score: the last policy counts.
-4. `report`: the table and the plot, in results/multitask_study/.
+4. `report`: the table and the plot, in results/multitask_study/, or results/single_task_study/ with `--separate`.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from pwm_gym import (
     extract,
     pretrain,
 )
+from pwm_gym.agents.policies import default_world_model_config
 from pwm_gym.benchmark import Cell, Study
 from pwm_gym.benchmark.study import PRECISIONS
 from pwm_gym.datasets.storage import DatasetWriter, Layout
@@ -55,6 +57,7 @@ TASKS = (
 METHODS = ("PWM", "multi-task policy", "PPO", "SAC", "planning")
 EVERY, FEWEST_EPISODES = 2_500, 60  # decisions between looks at the criterion: whole episodes; and episodes of a task
 EVALUATION_SEED = 10_000  # as in `extract`
+SEPARATE_SIZE = "1M"  # of a model for one task, but for its widths
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -151,6 +154,12 @@ def join(tasks: Sequence[str], folder: pathlib.Path) -> OfflineDataset:
     return OfflineDataset.load(folder / "dataset")
 
 
+def widths_of_pwm(dataset: OfflineDataset) -> dict[str, int]:
+    """Give the widths of the model that PWM makes itself for one task's spaces."""
+    config = default_world_model_config(dataset.observation_space, dataset.action_space)
+    return {name: getattr(config, name) for name in ("latent_dim", "encoder_dim", "mlp_dim")}
+
+
 # 3. Policies
 
 
@@ -199,13 +208,14 @@ def make_planner(model: WorldModel, task: str, seed: int) -> Any:
     return TDMPC2("MlpPolicy", None, world_model=model.for_task(task), seed=seed, device="cpu")
 
 
-def run_policies(arguments: argparse.Namespace, dataset: OfflineDataset, model: WorldModel) -> None:
-    """Make and score everything that acts, for each seed."""
+def run_policies(arguments: argparse.Namespace, dataset: OfflineDataset, model: WorldModel, out: pathlib.Path) -> None:
+    """Make and score what shall act, for each seed; what the budgets of others are measured by, PWM, always."""
     common = {"updates": arguments.updates, "episodes": arguments.episodes, "progress_bar": True}
     for seed in arguments.seeds:
-        folder = arguments.out / f"seed{seed}"
+        folder = out / f"seed{seed}"
         results = extract(model, dataset, out=folder / "PWM", seed=seed, **common)
-        extract(model, dataset, out=folder / "multi-task policy", seed=seed, shared=True, **common)
+        if "multi-task policy" in arguments.methods and len(dataset.tasks) > 1:
+            extract(model, dataset, out=folder / "multi-task policy", seed=seed, shared=True, **common)
         for task in dataset.tasks:
             latent, seconds = LatentObservation(make_task(task), model, task=task), results[task].cpu_seconds
             for name, kind in {"PPO": PPO, "SAC": SAC}.items():
@@ -213,8 +223,9 @@ def run_policies(arguments: argparse.Namespace, dataset: OfflineDataset, model: 
                 def train(kind: Any = kind, task: str = task, seconds: float = seconds, seed: int = seed) -> Any:
                     return train_baseline(kind, model, dataset, task, seed, seconds)
 
-                score(folder / name / f"{task}.json", task, latent, train, arguments.episodes)
-            if arguments.planning_seeds is None or seed in arguments.planning_seeds:
+                if name in arguments.methods:
+                    score(folder / name / f"{task}.json", task, latent, train, arguments.episodes)
+            if "planning" in arguments.methods:
 
                 def plan(task: str = task, seed: int = seed) -> Any:
                     return make_planner(model, task, seed)
@@ -255,10 +266,10 @@ def read_scores(out: pathlib.Path, method: str, task: str, seeds: Sequence[int])
     return found
 
 
-def make_row(out: pathlib.Path, task: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """Gather what is known of a task."""
+def make_row(data_path: pathlib.Path, out: pathlib.Path, task: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Gather what is known of a task, from the state of its data and the folder that its policies stand in."""
     kind, published = published_scores(task)
-    data = json.loads((out / "data" / task / "state.json").read_text())
+    data = json.loads(data_path.read_text())
     returns = np.sort(data["returns"])
     best_tenth = float(returns[-max(1, -(-len(returns) // 10)) :].mean())
     data_mean = float(np.mean(data["successes"] if kind == "success" else returns))
@@ -275,7 +286,7 @@ def make_row(out: pathlib.Path, task: str, seeds: Sequence[int]) -> dict[str, An
     return row
 
 
-def summarise(out: pathlib.Path, rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[str]:
+def summarise(places: dict[str, pathlib.Path], rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[str]:
     """Put the aggregate numbers into sentences."""
     reached = sum(row["reached"] for row in rows)
     lines = [
@@ -290,7 +301,10 @@ def summarise(out: pathlib.Path, rows: Sequence[dict[str, Any]], seeds: Sequence
     scale = {row["task"]: 1.0 if row["kind"] == "success" else 1_000.0 for row in rows}
     tables = []
     for method in ("PWM", "planning"):
-        scores = [[s / scale[row["task"]] for s, _ in read_scores(out, method, row["task"], seeds)] for row in rows]
+        scores = [
+            [s / scale[task] for s, _ in read_scores(places[task], method, task, seeds)]
+            for task in (row["task"] for row in rows)
+        ]
         fewest = min(map(len, scores))
         tables.append(np.array([own[:fewest] for own in scores]))
     statistics: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -303,11 +317,13 @@ def summarise(out: pathlib.Path, rows: Sequence[dict[str, Any]], seeds: Sequence
     return lines
 
 
-def report(out: pathlib.Path, tasks: Sequence[str], seeds: Sequence[int], results: pathlib.Path) -> None:
-    """Write table.csv, table.md and scores.png."""
+def report(
+    data: pathlib.Path, places: dict[str, pathlib.Path], title: str, seeds: Sequence[int], results: pathlib.Path
+) -> None:
+    """Write table.csv, table.md and scores.png, of the tasks whose policies stand in `places`."""
     from matplotlib.figure import Figure
 
-    rows = [make_row(out, task, seeds) for task in tasks]
+    rows = [make_row(data / task / "state.json", place, task, seeds) for task, place in places.items()]
     rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     write_rows(results / "table.csv", rounded)
 
@@ -328,7 +344,7 @@ def report(out: pathlib.Path, tasks: Sequence[str], seeds: Sequence[int], result
         cells.append("" if row["PWM return"] is None else f"{row['PWM return']:.0f}")
         cells += [number(row, name) for name in columns[1:]]
         lines.append("| " + " | ".join([*cells, "yes" if row["reached"] else "no"]) + " |")
-    lines += ["", *summarise(out, rows, seeds)]
+    lines += ["", *summarise(places, rows, seeds)]
     with atomic_write(results / "table.md") as file:
         file.write(("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
@@ -340,8 +356,8 @@ def report(out: pathlib.Path, tasks: Sequence[str], seeds: Sequence[int], result
             np.nan if row[name] is None else row[name] / (1.0 if row["kind"] == "success" else 1_000.0) for row in rows
         ]
         axes.bar(np.arange(len(rows)) + index * width, heights, width, label=name.replace("_", " "))
-    axes.set_xticks(np.arange(len(rows)) + 0.4, tasks, rotation=30, ha="right")
-    axes.set(ylabel="return / 1000, or success", title=f"one multi-task model, {len(seeds)} seed(s) of extraction")
+    axes.set_xticks(np.arange(len(rows)) + 0.4, list(places), rotation=30, ha="right")
+    axes.set(ylabel="return / 1000, or success", title=f"{title}, {len(seeds)} seed(s) of extraction")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False)
     with atomic_write(results / "scores.png") as file:
         figure.savefig(file, format="png")
@@ -353,18 +369,19 @@ def main() -> None:
     parser.add_argument("stage", nargs="?", default="all", choices=("all", "data", "model", "policies", "report"))
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of extraction (default: %(default)s)")
-    parser.add_argument("--planning-seeds", type=int, nargs="*", help="those that plan as well; all without")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="what to make; all without")
     parser.add_argument("--most", type=int, default=100_000, help="decisions on a task (default: %(default)s)")
     parser.add_argument("--benchmark", type=pathlib.Path, help="take its buffers, on tasks scored by return")
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of float32 products")
-    parser.add_argument("--size", default="5M", help="of the model (default: %(default)s)")
+    parser.add_argument("--separate", action="store_true", help="a model for each task instead of one for all")
+    parser.add_argument("--size", default="5M", help="of a model for all (default: %(default)s)")
     parser.add_argument("--model-updates", type=int, default=20_000, help="default: %(default)s")
     parser.add_argument("--model-batch-size", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--updates", type=int, default=3_000, help="of each policy (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=10, help="to score each on (default: %(default)s)")
     parser.add_argument("--planning-episodes", type=int, default=10, help="the same of planning (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "multitask_study")
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "results" / "multitask_study")
+    parser.add_argument("--results", type=pathlib.Path, help="default: as said above")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     torch.set_float32_matmul_precision(arguments.precision)
@@ -372,14 +389,22 @@ def main() -> None:
     if stage in ("all", "data"):
         for task in tasks:
             collect(task, arguments.out / "data" / task, arguments.most, arguments.benchmark)
+    data, separate = arguments.out / "data", arguments.separate
+    places = {task: arguments.out / "separate" / task if separate else arguments.out for task in tasks}
     if stage in ("all", "model", "policies"):
         dataset = join(tasks, arguments.out)
-        sizes = {"size": arguments.size, "updates": arguments.model_updates, "batch_size": arguments.model_batch_size}
-        model = pretrain(dataset, **sizes, out=arguments.out / "model", progress_bar=True, device="cpu")
-        if stage != "model":
-            run_policies(arguments, dataset, model)
+        fields = {"updates": arguments.model_updates, "batch_size": arguments.model_batch_size}
+        fields |= {"learning_rate_schedule": "cosine", "progress_bar": True, "device": "cpu"}
+        for group in [(task,) for task in tasks] if separate else [tasks]:
+            own, place = dataset.of_tasks(*group), places[group[0]]
+            size, widths = (SEPARATE_SIZE, widths_of_pwm(own)) if separate else (arguments.size, {})
+            model = pretrain(own, size, **fields, out=place / "model", world_model_kwargs=widths)
+            if stage != "model":
+                run_policies(arguments, own, model, place)
     if stage in ("all", "report"):
-        report(arguments.out, tasks, arguments.seeds, arguments.results)
+        name = "single_task_study" if separate else "multitask_study"
+        title = "a model for each task" if separate else "one multi-task model"
+        report(data, places, title, arguments.seeds, arguments.results or ROOT / "results" / name)
 
 
 if __name__ == "__main__":
