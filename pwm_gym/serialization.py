@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.utils import LinearSchedule
 
 __all__ = ["UnsafeFileError", "atomic_write", "from_json", "is_json_form", "load_tensors", "to_json"]
 
@@ -164,8 +165,8 @@ def to_json(value: Any) -> Any:
     """Turn a value into plain JSON types that `from_json` restores, or raise TypeError where there is no such form.
 
     Known beyond JSON's own types: tuples, deques, NumPy scalars and arrays, torch devices and dtypes, Gymnasium spaces
-    made of Box, Dict, Discrete, MultiDiscrete and MultiBinary, and classes of torch.nn, torch.optim,
-    stable_baselines3 and pwm_gym (by name).
+    made of Box, Dict, Discrete, MultiDiscrete and MultiBinary, SB3's LinearSchedule, and classes of torch.nn,
+    torch.optim, stable_baselines3 and pwm_gym (by name).
 
     Args:
         value: What to store.
@@ -189,6 +190,8 @@ def to_json(value: Any) -> Any:
         return {"!array": _array_to_json(value)}
     if isinstance(value, torch.device):
         return {"!device": str(value)}
+    if type(value) is LinearSchedule:
+        return {"!linear": [to_json(v) for v in (value.start, value.end, value.end_fraction)]}
     if isinstance(value, spaces.Space):
         form = _space_to_json(value)
         if form is not None:
@@ -236,6 +239,9 @@ def _restore(form: Any) -> Any:
         return _array_from_json(form["!array"])
     if "!device" in form:
         return torch.device(form["!device"])
+    if "!linear" in form:
+        start, end, end_fraction = (float(_restore(v)) for v in form["!linear"])
+        return LinearSchedule(start, end, end_fraction)
     if "!space" in form:
         return _space_from_json(form["!space"])
     if "!class" in form:

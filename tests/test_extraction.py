@@ -160,7 +160,8 @@ def test_another_call_in_the_same_folder_is_refused(run):
 def test_a_learning_rate_schedule_is_followed_to_its_end(tmp_path):
     schedule = LinearSchedule(1e-3, 0.0, 1.0)
     results = extract(make_model(), make_dataset(), out=tmp_path, episodes=1, learning_rate=schedule, **TINY)
-    agent = PWM.load(results[TASKS[0]].agent, learning_rate=schedule)
+    agent = PWM.load(results[TASKS[0]].agent)
+    assert repr(agent.learning_rate) == repr(schedule)
     constant = extract(make_model(), make_dataset(), out=tmp_path / "constant", episodes=0, learning_rate=1e-3, **TINY)
     first, second = weights(constant[TASKS[0]].agent), agent.policy.state_dict()
     assert not any(torch.equal(value, second[name]) for name, value in first.items() if "features.0" in name)

@@ -12,6 +12,7 @@ import pytest
 import stable_baselines3
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.utils import LinearSchedule
 
 from pwm_gym import WorldModel
 from pwm_gym.serialization import UnsafeFileError, atomic_write, from_json, is_json_form, load_tensors, to_json
@@ -31,7 +32,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple | deque):
         maxlens = getattr(a, "maxlen", None), getattr(b, "maxlen", None)
         return len(a) == len(b) and maxlens[0] == maxlens[1] and all(map(same, a, b))
-    return a == b
+    return vars(a) == vars(b) if isinstance(a, LinearSchedule) else a == b
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def same(a: Any, b: Any) -> bool:
         np.array([True, False]),
         torch.device("cpu"),
         torch.device("cuda:1"),
+        LinearSchedule(1e-3, 0.0, 0.5),
         torch.nn.ReLU,
         torch.optim.Adam,
         stable_baselines3.common.buffers.ReplayBuffer,
