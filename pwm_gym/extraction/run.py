@@ -32,8 +32,9 @@ from pwm_gym.world_model import WorldModel
 
 __all__ = ["SETTINGS", "extract"]
 
-# How policies are trained in a model that is not their own, unless the caller says otherwise: arguments of `PWM`.
-SETTINGS: dict[str, Any] = {"horizon": 5, "tau": 0.05, "ent_coef": 0.0, "policy_kwargs": {"model_learning_rate": 1e-4}}
+# How policies are trained in a model that is not their own, unless the caller says otherwise: arguments of `PWM`, whose
+# own defaults are the rest.
+SETTINGS: dict[str, Any] = {"horizon": 10, "policy_kwargs": {"model_learning_rate": 1e-4}}
 _EVALUATION_SEED = 10_000  # of the first real episode
 _REAL_CHUNK = 2_500  # real decisions between two saves: whole episodes of our tasks, so that a resume is exact
 _SHOWN = 10  # updates between two looks at the progress bar
