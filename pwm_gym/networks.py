@@ -334,7 +334,7 @@ class PartDropout(nn.Dropout):
         members, rows, features = shape
         times = rows // (self.part.stop - self.part.start)
         whole = self._draw((members, times, self.count, features), device)
-        return whole[:, :, self.part].reshape(*shape)
+        return whole[:, :, self.part].reshape(*shape).contiguous()
 
     def _draw(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
         kept = torch.ones(*shape, dtype=torch.uint8, device=device)
@@ -344,7 +344,7 @@ class PartDropout(nn.Dropout):
         size, reached = kept.numel(), 0
         while reached < size:
             gaps = torch.empty(int((size - reached) * self.p) + 64, dtype=torch.float64).geometric_(self.p)
-            dropped = gaps.long().cumsum(0).add_(reached - 1)
+            dropped = gaps.clamp_(max=size + 1).long().cumsum(0).add_(reached - 1)
             kept.view(-1)[dropped[dropped < size]] = 0
             reached = int(dropped[-1]) + 1
         return kept

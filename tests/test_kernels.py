@@ -237,6 +237,7 @@ def test_dropped_entries_are_independent_and_of_that_share(p):
         assert abs(both - p * p) < 5.0 * math.sqrt(p * p * (1.0 - p * p) / count)
     ends = torch.stack([dropout.draw((1, 1, 3)).flatten() for _ in range(2_000)]).double()  # first and last count, too
     assert ((1.0 - ends).mean(0) - p).abs().max() < 4.5 * math.sqrt(p * (1.0 - p) / 2_000)
+    assert PartDropout(1e-30).draw((1, 10, 10)).all()
     x = torch.randn(2, 500, 100)
     assert abs((dropout(x) * x).sum() / x.square().sum() - 1.0) < 5.0 * math.sqrt(p / (1.0 - p) * 3.0 / x.numel())
 

@@ -193,6 +193,7 @@ def test_parts_of_dropout_make_up_the_whole_mask():
         part.part, part.count = slice(4 * rank, 4 * rank + 4), 8
         torch.manual_seed(0)
         assert torch.equal(part(x[:, :12]).unflatten(1, (3, 4)), expected[:, :, part.part])
+        assert part.draw((2, 4, 5)).is_contiguous()  # of a single time, too: kernels read it as it lies
 
 
 def test_part_of_a_batch_is_that_part_of_the_whole_batch():
