@@ -154,6 +154,9 @@ def join(tasks: Sequence[str], folder: pathlib.Path) -> OfflineDataset:
     return OfflineDataset.load(folder / "dataset")
 
 
+# 2. Model
+
+
 def widths_of_pwm(dataset: OfflineDataset) -> dict[str, int]:
     """Give the widths of the model that PWM makes itself for one task's spaces."""
     config = default_world_model_config(dataset.observation_space, dataset.action_space)
@@ -211,6 +214,7 @@ def make_planner(model: WorldModel, task: str, seed: int) -> Any:
 def run_policies(arguments: argparse.Namespace, dataset: OfflineDataset, model: WorldModel, out: pathlib.Path) -> None:
     """Make and score what shall act, for each seed; what the budgets of others are measured by, PWM, always."""
     common = {"updates": arguments.updates, "episodes": arguments.episodes, "progress_bar": True}
+    baselines = {name: kind for name, kind in {"PPO": PPO, "SAC": SAC}.items() if name in arguments.methods}
     for seed in arguments.seeds:
         folder = out / f"seed{seed}"
         results = extract(model, dataset, out=folder / "PWM", seed=seed, **common)
@@ -218,13 +222,12 @@ def run_policies(arguments: argparse.Namespace, dataset: OfflineDataset, model: 
             extract(model, dataset, out=folder / "multi-task policy", seed=seed, shared=True, **common)
         for task in dataset.tasks:
             latent, seconds = LatentObservation(make_task(task), model, task=task), results[task].cpu_seconds
-            for name, kind in {"PPO": PPO, "SAC": SAC}.items():
+            for name, kind in baselines.items():
 
                 def train(kind: Any = kind, task: str = task, seconds: float = seconds, seed: int = seed) -> Any:
                     return train_baseline(kind, model, dataset, task, seed, seconds)
 
-                if name in arguments.methods:
-                    score(folder / name / f"{task}.json", task, latent, train, arguments.episodes)
+                score(folder / name / f"{task}.json", task, latent, train, arguments.episodes)
             if "planning" in arguments.methods:
 
                 def plan(task: str = task, seed: int = seed) -> Any:
@@ -302,8 +305,7 @@ def summarise(places: dict[str, pathlib.Path], rows: Sequence[dict[str, Any]], s
     tables = []
     for method in ("PWM", "planning"):
         scores = [
-            [s / scale[task] for s, _ in read_scores(places[task], method, task, seeds)]
-            for task in (row["task"] for row in rows)
+            [s / scale[task] for s, _ in read_scores(place, method, task, seeds)] for task, place in places.items()
         ]
         fewest = min(map(len, scores))
         tables.append(np.array([own[:fewest] for own in scores]))
@@ -349,7 +351,7 @@ def report(
         file.write(("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
 
-    figure = Figure(figsize=(1.6 * len(rows) + 2.0, 4.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(max(8.0, 1.6 * len(rows) + 2.0), 4.4), dpi=110, layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(columns[:-1])
     for index, name in enumerate(columns[:-1]):
         heights = [

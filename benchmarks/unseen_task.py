@@ -110,7 +110,7 @@ def report(rows: Sequence[dict[str, Any]], tasks: Sequence[str], results: pathli
         axes.set_xticks([row["episodes"] for row in data], [str(row["episodes"]) for row in data])
         axes.minorticks_off()
         axes.set(title=f"{task}, left out of pre-training", xlabel="its episodes", ylabel="return", ylim=(0, 1000))
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     with atomic_write(results / "returns.png") as file:
         figure.savefig(file, format="png")
 
